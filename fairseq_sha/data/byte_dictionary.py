@@ -1,0 +1,83 @@
+"""The dictionary of byte-level models: symbols are decimal byte values, newline is ``</s>``."""
+
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_sha.errors import UserError
+
+NEWLINE = 10
+
+
+class ByteDictionary(Dictionary):
+    """Maps bytes to token ids and back.
+
+    Symbols are the decimal values of the bytes that occur ("60", "109", ...); byte 10 (newline) is
+    ``</s>``, so that each line of a file is one item of the data folder. This is what
+    ``fairseq-preprocess`` makes of the customary text form of enwik8. ``<s>``, ``<pad>``, ``<unk>``
+    and the ``madeupword`` symbols, which fill the vocabulary up to a multiple of eight, stand for
+    no byte.
+    """
+
+    @classmethod
+    def load(cls, f, add_special_symbols=True):
+        """Load ``dict.txt`` and check that it lists byte values.
+
+        Raises:
+            UserError: the file is missing, malformed, or holds a symbol that is no byte value.
+        """
+        try:
+            dictionary = super().load(f, add_special_symbols=add_special_symbols)
+        except FileNotFoundError:
+            raise UserError(f"{f}: no such file; is this a folder made by a script in preprocess/?")
+        except Exception as error:  # fairseq raises bare Exceptions for malformed lines
+            first_line = str(error).splitlines()[0] if str(error) else repr(error)
+            raise UserError(f"{f}: not a dictionary ({first_line}); preprocess the corpus again")
+        for symbol in dictionary.symbols[dictionary.nspecial :]:
+            if _byte_of(symbol) is None and not symbol.startswith("madeupword"):
+                raise UserError(
+                    f"{f}: {symbol!r} is not a byte value; this task reads byte-level data, "
+                    "such as the scripts in preprocess/ make"
+                )
+        return dictionary
+
+    def bytes_by_id(self):
+        """The byte that each token id stands for, or None: a list of ``len(self)``."""
+        values = [_byte_of(symbol) for symbol in self.symbols]
+        values[self.eos()] = NEWLINE
+        return values
+
+    def encode(self, data):
+        """Token ids of a bytes object: LongTensor ``[len(data)]``.
+
+        Raises:
+            UserError: a byte that the dictionary lacks; it has no honest probability.
+        """
+        ids = {value: i for i, value in enumerate(self.bytes_by_id()) if value is not None}
+        unseen = sorted(set(data) - set(ids))
+        if unseen:
+            raise UserError(
+                f"byte {unseen[0]} at offset {data.index(bytes(unseen[:1]))} of the text does not "
+                "occur in the training data, so the model has no probability for it; remove it or "
+                "train on data preprocessed with --all-bytes"
+            )
+        return torch.tensor([ids[value] for value in data], dtype=torch.long)
+
+    def decode(self, tokens):
+        """Bytes of a sequence of token ids. Ids that stand for no byte are left out."""
+        values = self.bytes_by_id()
+        return bytes(values[i] for i in map(int, tokens) if values[i] is not None)
+
+    def encode_line(self, line, *_, **__):
+        """Token ids of a text in UTF-8. Unlike fairseq's, it appends no ``</s>``: that would be
+        one more newline."""
+        return self.encode(line.encode("utf-8", "surrogateescape")).int()
+
+    def string(self, tensor, *_, **__):
+        """Text of a sequence of token ids, newlines included; invalid UTF-8 becomes U+FFFD."""
+        return self.decode(tensor).decode("utf-8", "replace")
+
+
+def _byte_of(symbol):
+    if symbol.isascii() and symbol.isdigit() and str(int(symbol)) == symbol and int(symbol) < 256:
+        return int(symbol)
+    return None

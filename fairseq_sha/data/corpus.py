@@ -1,0 +1,67 @@
+"""One split of a corpus as a flat array of token ids."""
+
+import os
+
+import numpy as np
+from fairseq.data import FairseqDataset
+from fairseq.data.indexed_dataset import MMapIndexedDataset, data_file_path, index_file_path
+
+from fairseq_sha.errors import UserError
+
+
+class Corpus(FairseqDataset):
+    """A split: ``num_tokens`` token ids, hence ``num_tokens - 1`` predictions, memory-mapped.
+
+    It has the length of its predictions, since that is what is trained on and scored.
+
+    Args:
+        prefix (str): the data folder and the name of the split, such as ``data-bin/enwik8/train``
+
+    Raises:
+        UserError: a file is missing, is not in fairseq's memory-mapped format, was cut short, or
+            holds fewer than two tokens.
+    """
+
+    def __init__(self, prefix):
+        super().__init__()
+        self.path = data_file_path(prefix)
+        index_path = index_file_path(prefix)
+        for path in (index_path, self.path):
+            if not os.path.isfile(path):
+                raise UserError(f"{path}: no such file; preprocess the corpus, or name its folder")
+        index = _open_index(index_path)
+        self.dtype, self.num_tokens = np.dtype(index.dtype), int(index.sizes.sum(dtype="int64"))
+        if os.path.getsize(self.path) != self.num_tokens * self.dtype.itemsize:
+            raise UserError(
+                f"{self.path}: its size differs from what {index_path} says; "
+                "preprocess the corpus again"
+            )
+        if self.num_tokens < 2:
+            raise UserError(f"{self.path}: fewer than two tokens, so there is nothing to predict")
+        self._tokens = None
+
+    @property
+    def tokens(self):
+        """The token ids, opened at first use in each process: pickling a map would copy it."""
+        if self._tokens is None:
+            self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+        return self._tokens
+
+    def __getstate__(self):
+        return {**self.__dict__, "_tokens": None}
+
+    def __len__(self):
+        return self.num_tokens - 1
+
+
+def _open_index(path):
+    magic = MMapIndexedDataset.Index._HDR_MAGIC
+    try:
+        with open(path, "rb") as file:
+            if not file.read(26).startswith(magic) or file.tell() < 26:
+                raise ValueError("wrong header")
+        return MMapIndexedDataset.Index(path)
+    except (ValueError, KeyError, AssertionError):
+        raise UserError(
+            f"{path}: not an index in fairseq's mmap format; preprocess the corpus again"
+        )

@@ -1,0 +1,202 @@
+"""What all models here have in common: a decoder that reads a segment of parallel streams, starting
+from the state that the previous segment left, and leaves a state for the next.
+
+The state is a list with one dict of tensors per layer, streams on dimension 1; ``None`` instead of
+the list is a start, from nothing.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from fairseq.models import FairseqIncrementalDecoder
+from torch import nn
+
+from fairseq_sha.data import SegmentId
+from fairseq_sha.ops import dropout
+
+
+class SegmentDecoder(FairseqIncrementalDecoder):
+    """Embeds tokens, runs the layers, and projects to the vocabulary, with tied embeddings.
+
+    Args:
+        dictionary (~fairseq.data.Dictionary): the vocabulary, of size ``V``
+        layers (list of nn.Module): each takes ``h [T, B, H]`` and its state, a dict that is empty
+            at a start, and returns the new ``h`` and the state that it leaves
+        width (int): ``H``
+        dropout_embedding (float): on whole rows of the embedding matrix
+        dropout_input (float): on the embedded tokens
+        dropout_output (float): on the last layer's output
+    """
+
+    def __init__(
+        self,
+        dictionary,
+        layers,
+        width,
+        dropout_embedding=0.0,
+        dropout_input=0.0,
+        dropout_output=0.0,
+    ):
+        super().__init__(dictionary)
+        self.embedding = nn.Embedding(len(dictionary), width)
+        self.layers = nn.ModuleList(layers)
+        self.output_bias = nn.Parameter(torch.zeros(len(dictionary)))
+        self.dropout_embedding = dropout_embedding
+        self.dropout_input = dropout_input
+        self.dropout_output = dropout_output
+        self.carried = CarriedState()
+
+    def forward(
+        self,
+        prev_output_tokens,
+        encoder_out=None,
+        incremental_state=None,
+        src_lengths=None,
+        segment=None,
+    ):
+        """Logits of a batch.
+
+        Args:
+            prev_output_tokens (LongTensor): ``[B, T]``
+            incremental_state (dict): fairseq's, when generating: only the last token is read, from
+                the state that the one before it left
+            segment (str): which :class:`~fairseq_sha.data.SegmentId` the batch is; without it the
+                decoder starts from nothing and leaves nothing
+
+        Returns:
+            logits ``[B, T, V]`` (of the last token only, when generating), and None for what else
+            fairseq models return
+        """
+        features, extra = self.extract_features(
+            prev_output_tokens, incremental_state=incremental_state, segment=segment
+        )
+        return self.output_layer(features), extra
+
+    def extract_features(
+        self,
+        prev_output_tokens,
+        encoder_out=None,
+        incremental_state=None,
+        src_lengths=None,
+        segment=None,
+    ):
+        """What :meth:`output_layer` projects: ``[B, T, H]``. Arguments as for :meth:`forward`."""
+        tokens = prev_output_tokens.t()
+        if incremental_state is not None:
+            state = self._state_of_generation(incremental_state)
+            features, state = self.read(tokens[-1:], state)
+            self._keep_state_of_generation(incremental_state, state)
+        elif segment is not None:
+            before = self.carried.before(segment, self.training)
+            features, after = self.read(tokens, before)
+            self.carried.keep(segment, self.training, before, after)
+        else:
+            features, _ = self.read(tokens, None)
+        return features.transpose(0, 1), None
+
+    def read(self, tokens, state):
+        """Run a segment: tokens ``[T, B]`` and state to features ``[T, B, H]`` and new state."""
+        h = self.embed(tokens)
+        left = []
+        for layer, before in zip(self.layers, state or [{}] * len(self.layers)):
+            h, after = layer(h, before)
+            left.append(after)
+        return dropout(h, self.dropout_output, self.training), left
+
+    def embed(self, tokens):
+        h = self.embedding(tokens)
+        if self.training and self.dropout_embedding > 0:
+            rows = torch.ones_like(self.embedding.weight[:, :1])
+            h = h * dropout(rows, self.dropout_embedding)[tokens]
+        return dropout(h, self.dropout_input, self.training)
+
+    def output_layer(self, features):
+        """Features ``[..., H]`` to logits ``[..., V]``."""
+        return nn.functional.linear(features, self.embedding.weight, self.output_bias)
+
+    # fairseq wants the state of generation as a flat dict of tensors.
+
+    def _state_of_generation(self, incremental_state):
+        flat = self.get_incremental_state(incremental_state, "state")
+        if flat is None:
+            return None
+        state = [{} for _ in self.layers]
+        for name, tensor in flat.items():
+            layer, key = name.split(".")
+            state[int(layer)][key] = tensor
+        return state
+
+    def _keep_state_of_generation(self, incremental_state, state):
+        flat = {
+            f"{layer}.{key}": tensor
+            for layer, tensors in enumerate(state)
+            for key, tensor in tensors.items()
+        }
+        self.set_incremental_state(incremental_state, "state", flat)
+
+    def reorder_incremental_state(self, incremental_state, new_order):
+        """fairseq's hook in beam search: stream ``i`` goes on from what was ``new_order[i]``."""
+        flat = self.get_incremental_state(incremental_state, "state")
+        if flat is not None:
+            flat = {name: tensor.index_select(1, new_order) for name, tensor in flat.items()}
+            self.set_incremental_state(incremental_state, "state", flat)
+
+
+class _Kept(NamedTuple):
+    segment: SegmentId
+    before: Optional[list]
+    after: list
+
+
+class CarriedState:
+    """The state between segments, kept by the identity of the segment that left it.
+
+    Each split keeps the state that its latest segment left and the one that it started from. A
+    segment starts from what its predecessor left; fed again (after an overflow or out of memory),
+    from where it started the first time; any other starts from nothing. Training state survives
+    evaluation; what evaluation left is forgotten at the next segment of another split.
+    """
+
+    def __init__(self):
+        self._kept = {}  # (split, whether it is trained on) -> _Kept
+
+    def before(self, segment, training):
+        """The state that a segment starts from, or None for a start from nothing.
+
+        Args:
+            segment (str): a :class:`~fairseq_sha.data.SegmentId`
+            training (bool): whether it is trained on, not evaluated
+        """
+        segment = SegmentId.parse(segment)
+        kept = self._kept.get((segment.split, training))
+        if kept is None or segment.index == 0:
+            return None
+        if segment == kept.segment:
+            return kept.before
+        if segment == kept.segment._replace(index=kept.segment.index + 1):
+            return kept.after
+        return None
+
+    def keep(self, segment, training, before, after):
+        """Keep, without gradient, the state that a segment started from and the one it left."""
+        segment = SegmentId.parse(segment)
+        after = [{key: tensor.detach() for key, tensor in layer.items()} for layer in after]
+        self._kept = {
+            (split, trained): kept for (split, trained), kept in self._kept.items() if trained
+        }
+        self._kept[segment.split, training] = _Kept(segment, before, after)
+
+    def training_state(self):
+        """For checkpoints: ``{"segment": str, "state": list}`` on the CPU; None before training."""
+        for (_, trained), kept in self._kept.items():
+            if trained:
+                # Saving a view would save the whole storage behind it.
+                state = [{k: v.cpu().clone() for k, v in layer.items()} for layer in kept.after]
+                return {"segment": str(kept.segment), "state": state}
+        return None
+
+    def restore(self, saved, like):
+        """Put back what :meth:`training_state` gave, on the device and in the type of ``like``."""
+        segment = SegmentId.parse(saved["segment"])
+        state = [{k: v.to(like) for k, v in layer.items()} for layer in saved["state"]]
+        self._kept[segment.split, True] = _Kept(segment, None, state)

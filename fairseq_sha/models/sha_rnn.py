@@ -1,0 +1,227 @@
+"""SHA-RNN: S. Merity, "Single Headed Attention RNN: Stop Thinking With Your Head",
+arXiv 1911.11423."""
+
+from dataclasses import dataclass, field
+from typing import List
+
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import FairseqLanguageModel, register_model
+from torch import nn
+
+from fairseq_sha.errors import UserError
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.modules import Boom, SingleHeadAttention
+from fairseq_sha.ops import dropout
+
+
+@dataclass
+class SHARNNConfig(FairseqDataclass):
+    width: int = field(
+        default=1024, metadata={"help": "width H of embedding and layers (default: paper, enwik8)"}
+    )
+    num_layers: int = field(default=4, metadata={"help": "number of layers (default: paper)"})
+    attention_layers: List[int] = field(
+        default_factory=lambda: [2],
+        metadata={
+            "help": "layers that attend, counted from 0, such as 0,1,2,3; [] for none "
+            "(default: the second-last of four, as in the paper)"
+        },
+    )
+    window: int = field(
+        default=5000,
+        metadata={
+            "help": "attention window in tokens: memory and current segment together "
+            "(default: author's published code)"
+        },
+    )
+    boom_multiple: int = field(
+        default=4, metadata={"help": "width of the boom layer in multiples of H (default: paper)"}
+    )
+    dropout_embedding: float = field(
+        default=0.0,
+        metadata={"help": "dropout of whole embedding rows (default: paper, table 2)"},
+    )
+    dropout_input: float = field(
+        default=0.1, metadata={"help": "dropout of embedded tokens (default: paper, table 2)"}
+    )
+    dropout_hidden: float = field(
+        default=0.1,
+        metadata={"help": "dropout of LSTM outputs, attention and boom (default: paper, table 2)"},
+    )
+    dropout_output: float = field(
+        default=0.1, metadata={"help": "dropout of the last output (default: paper, table 2)"}
+    )
+    value_gate: ChoiceEnum(["overparameterised", "plain"]) = field(
+        default="overparameterised",
+        metadata={
+            "help": "gate on the attention values: an over-parameterised vector, or a plain one "
+            "(default: paper, section 3.3)"
+        },
+    )
+    collapse: bool = field(
+        default=False,
+        metadata={
+            "help": "keep of each over-parameterised vector only the constant that it amounts to; "
+            "weights trained without this load with it and give the same output"
+        },
+    )
+
+
+class SHARNNLayer(nn.Module):
+    """An LSTM, a single attention head where ``attends``, and boom."""
+
+    def __init__(self, cfg, attends):
+        super().__init__()
+        self.p = cfg.dropout_hidden
+        self.window = cfg.window
+        self.norm_start = norm(cfg.width)
+        self.lstm = nn.LSTM(cfg.width, cfg.width)
+        self.attention = None
+        if attends:
+            self.norm_memory = norm(cfg.width)
+            self.norm_mid = norm(cfg.width)
+            self.attention = SingleHeadAttention(
+                cfg.width,
+                cfg.dropout_hidden,
+                overparameterised=str(cfg.value_gate) == "overparameterised",
+                collapsed=cfg.collapse,
+            )
+        self.norm_boom = norm(cfg.width)
+        self.norm_residual = norm(cfg.width)
+        self.boom = Boom(cfg.width, cfg.boom_multiple, cfg.dropout_hidden)
+
+    def forward(self, h, state):
+        """``h [T, B, H]`` and state to the same; the state holds the LSTM's ``h`` and ``c``
+        ``[1, B, H]`` and, where the layer attends, ``memory [rows <= window, B, H]``."""
+        start = (state["h"], state["c"]) if state else None
+        # Not residual: the LSTM's output replaces h.
+        h, (last_h, last_c) = self.lstm(self.norm_start(h), start)
+        left = {"h": last_h, "c": last_c}
+        h = dropout(h, self.p, self.training)
+        if self.attention is not None:
+            visible, left["memory"] = self.extend(state.get("memory"), self.norm_memory(h))
+            h = self.norm_mid(h)
+            h = h + self.attention(h, visible)
+        boomed = self.boom(self.norm_boom(h))
+        return self.norm_residual(h) + dropout(boomed, self.p, self.training), left
+
+    def extend(self, memory, segment):
+        """The rows that the segment's positions see, and those that the next segment will find.
+
+        The memory gives up its oldest rows for the segment to fit into the window. The window does
+        not slide within a segment.
+        """
+        rows = segment
+        if memory is not None:
+            room = max(self.window - len(segment), 0)
+            rows = torch.cat([memory[max(len(memory) - room, 0) :], segment])
+        return rows, rows[-self.window :]
+
+
+class SHARNNDecoder(SegmentDecoder):
+    """Embedding, layers of which some attend, tied output."""
+
+    def __init__(self, cfg, dictionary):
+        check(cfg)
+        layers = [SHARNNLayer(cfg, i in cfg.attention_layers) for i in range(cfg.num_layers)]
+        super().__init__(
+            dictionary,
+            layers,
+            cfg.width,
+            dropout_embedding=cfg.dropout_embedding,
+            dropout_input=cfg.dropout_input,
+            dropout_output=cfg.dropout_output,
+        )
+        # Layer norms keep torch's ones and zeros: drawn like the linear weights, training stalls.
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.1 / cfg.width**0.5)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+
+def norm(width):
+    return nn.LayerNorm(width, eps=1e-12)
+
+
+def check(cfg):
+    """Raise a UserError for sizes that make no model."""
+    for name in ("width", "num_layers", "window", "boom_multiple"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    for name in ("dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 0 and below 1"
+            )
+    for layer in cfg.attention_layers:
+        if not 0 <= layer < cfg.num_layers:
+            raise UserError(
+                f"--attention-layers {layer}: there are {cfg.num_layers} layers, counted from 0"
+            )
+
+
+@register_model("sha_rnn", dataclass=SHARNNConfig)
+class SHARNN(FairseqLanguageModel):
+    """The model family; the named architectures differ from it in their defaults only."""
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        return cls(SHARNNDecoder(cfg, task.source_dictionary))
+
+
+@dataclass
+class SHARNNEnwik8Config(SHARNNConfig):
+    pass
+
+
+@register_model("sha_rnn_enwik8", dataclass=SHARNNEnwik8Config)
+class SHARNNEnwik8(SHARNN):
+    """The paper's model: one head, in the second-last layer."""
+
+
+@dataclass
+class SHARNNEnwik8FullConfig(SHARNNConfig):
+    attention_layers: List[int] = field(
+        default_factory=lambda: [0, 1, 2, 3],
+        metadata={"help": "layers that attend, counted from 0 (default: paper, a head per layer)"},
+    )
+
+
+@register_model("sha_rnn_enwik8_full", dataclass=SHARNNEnwik8FullConfig)
+class SHARNNEnwik8Full(SHARNN):
+    """A head in every layer."""
+
+
+@dataclass
+class SHALSTMEnwik8Config(SHARNNConfig):
+    attention_layers: List[int] = field(
+        default_factory=list,
+        metadata={"help": "layers that attend, counted from 0 (default: paper, no head)"},
+    )
+
+
+@register_model("sha_lstm_enwik8", dataclass=SHALSTMEnwik8Config)
+class SHALSTMEnwik8(SHARNN):
+    """No attention at all."""
+
+
+@dataclass
+class SHARNNSmallConfig(SHARNNConfig):
+    width: int = field(
+        default=256,
+        metadata={"help": "width H of embedding and layers (default: for two CPU cores)"},
+    )
+    window: int = field(
+        default=1000,
+        metadata={
+            "help": "attention window in tokens: memory and current segment together "
+            "(default: for two CPU cores)"
+        },
+    )
+
+
+@register_model("sha_rnn_small", dataclass=SHARNNSmallConfig)
+class SHARNNSmall(SHARNN):
+    """A model that learns something on two CPU cores in minutes."""

@@ -1,0 +1,28 @@
+"""The boom layer (arXiv 1911.11423, section 3.2): a feed-forward layer without a second matrix."""
+
+import torch
+from torch import nn
+
+from fairseq_sha.ops import dropout
+
+
+class Boom(nn.Module):
+    """``H -> N H -> H``: a linear map, GELU, and the sum over the ``N`` chunks of width ``H``.
+
+    Args:
+        width (int): ``H``
+        multiple (int): ``N``
+        p (float): dropout on the activations of the wide layer
+    """
+
+    def __init__(self, width, multiple, p):
+        super().__init__()
+        self.width = width
+        self.p = p
+        self.linear = nn.Linear(width, multiple * width)
+
+    def forward(self, x):
+        """``[T, B, H] -> [T, B, H]``"""
+        x = self.linear(x)
+        x = dropout(x * torch.sigmoid(1.702 * x), self.p, self.training)
+        return x.unflatten(-1, (-1, self.width)).sum(-2)

@@ -1,0 +1,54 @@
+"""Single-headed attention over a memory (arXiv 1911.11423, section 3.1)."""
+
+import torch
+from torch import nn
+
+from fairseq_sha.modules.overparameterised_vector import OverparameterisedVector
+from fairseq_sha.ops import attend, dropout
+
+
+class SingleHeadAttention(nn.Module):
+    """Attention whose only matrix product besides scores and mix is the query's.
+
+    Keys and values are the memory itself, gated by one vector each. A gate that is the same for all
+    rows commutes with the products, so the key gate is applied to the queries and the value gate to
+    the mix: nothing of size window x width is computed but, in training, the values' dropout.
+
+    Args:
+        width (int): ``H``
+        p (float): dropout on queries, attention weights, values and the output
+        overparameterised (bool): the value gate is an :class:`OverparameterisedVector`; else the
+            sigmoid of a plain vector, as the other gates are
+        collapsed (bool): keep only the constant that the over-parameterised vector amounts to
+    """
+
+    def __init__(self, width, p, overparameterised=True, collapsed=False):
+        super().__init__()
+        self.p = p
+        self.query = nn.Linear(width, width)
+        self.query_norm = nn.LayerNorm(width, eps=1e-12)
+        self.query_gate = nn.Parameter(torch.zeros(width))
+        self.key_gate = nn.Parameter(torch.zeros(width))
+        if overparameterised:
+            self.value_gate = OverparameterisedVector(width, collapsed)
+        else:
+            self.value_gate = nn.Parameter(torch.zeros(width))
+
+    def forward(self, h, memory):
+        """
+        Args:
+            h (Tensor): ``[T, B, H]``
+            memory (Tensor): rows to attend to, ``[M + T, B, H]``, the segment's own ones last
+
+        Returns:
+            Tensor ``[T, B, H]``, to be added to ``h``
+        """
+        queries = torch.sigmoid(self.query_gate) * self.query_norm(self.query(h))
+        queries = dropout(queries, self.p, self.training) * torch.sigmoid(self.key_gate)
+        values = dropout(memory, self.p, self.training)
+        mix = attend(queries, memory, values, self.p if self.training else 0.0)
+        if isinstance(self.value_gate, OverparameterisedVector):
+            value_gate = self.value_gate()
+        else:
+            value_gate = torch.sigmoid(self.value_gate)
+        return dropout(mix * value_gate, self.p, self.training)

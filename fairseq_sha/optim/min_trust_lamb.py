@@ -1,0 +1,168 @@
+"""LAMB (arXiv 1904.00962) without bias correction, and with a lower bound on the trust ratio
+(arXiv 1911.11423, section 4.2)."""
+
+from dataclasses import dataclass, field
+from typing import List
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from fairseq.optim import FairseqOptimizer, register_optimizer
+from omegaconf import II
+
+from fairseq_sha.errors import UserError
+
+MAX_WEIGHT_NORM = 10.0
+
+
+def min_trust_lamb_reference(w, g, m, v, lr, beta1, beta2, eps, weight_decay, min_trust):
+    """One step for one tensor, written out: returns new ``w``, ``m``, ``v`` and the trust ratio."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    update = m / (v.sqrt() + eps) + weight_decay * w
+    weight_norm, update_norm = w.norm().clamp(0, MAX_WEIGHT_NORM), update.norm()
+    if weight_norm == 0 or update_norm == 0:
+        trust = torch.ones(())
+    else:
+        trust = weight_norm / update_norm
+    trust = trust.clamp(min=min_trust)
+    return w - lr * trust * update, m, v, trust
+
+
+class MinTrustLAMB(torch.optim.Optimizer):
+    """Min-trust LAMB over lists of tensors at once.
+
+    Args:
+        params: as for any torch optimiser
+        lr (float): learning rate
+        betas (tuple of float): decay of the running means of gradient and squared gradient
+        eps (float): added to the root of the latter
+        weight_decay (float): added to the update before its norm is taken
+        min_trust (float): lower bound on each tensor's trust ratio; 0 is plain LAMB
+    """
+
+    def __init__(
+        self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, min_trust=0.0
+    ):
+        defaults = dict(
+            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, min_trust=min_trust
+        )
+        super().__init__(params, defaults)
+        self.trust_ratios = None  # of the latest step: Tensor [number of parameter tensors]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.trust_ratios = torch.cat([self._step_group(group) for group in self.param_groups])
+        return loss
+
+    def _step_group(self, group):
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return torch.empty(0)
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["mean"] = torch.zeros_like(p)
+                self.state[p]["mean_square"] = torch.zeros_like(p)
+        grads = [p.grad for p in params]
+        means = [self.state[p]["mean"] for p in params]
+        squares = [self.state[p]["mean_square"] for p in params]
+        beta1, beta2 = group["betas"]
+
+        torch._foreach_mul_(means, beta1)
+        torch._foreach_add_(means, grads, alpha=1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_add_(scales, group["eps"])
+        updates = torch._foreach_div(means, scales)
+        if group["weight_decay"] != 0:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+
+        weight_norms = torch.stack(torch._foreach_norm(params)).clamp(max=MAX_WEIGHT_NORM)
+        update_norms = torch.stack(torch._foreach_norm(updates))
+        degenerate = (weight_norms == 0) | (update_norms == 0)
+        ratios = torch.where(degenerate, torch.ones_like(weight_norms), weight_norms / update_norms)
+        ratios = ratios.clamp(min=group["min_trust"])
+        # Kept as tensors: reading them out would make the CPU wait for the GPU.
+        torch._foreach_addcmul_(params, updates, list(ratios.unbind()), -group["lr"])
+        return ratios
+
+
+@dataclass
+class MinTrustLAMBConfig(FairseqDataclass):
+    lamb_betas: List[float] = field(
+        default_factory=lambda: [0.9, 0.999],
+        metadata={"help": "betas of LAMB (default: author's published code)"},
+    )
+    lamb_eps: float = field(
+        default=1e-6, metadata={"help": "epsilon of LAMB (default: author's published code)"}
+    )
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "weight decay, part of the update that is scaled by trust"}
+    )
+    min_trust: float = field(
+        default=0.0,
+        metadata={
+            "help": "lower bound on each tensor's trust ratio; 0 is plain LAMB (paper: 0.25)"
+        },
+    )
+    log_trust_ratios: bool = field(
+        default=False,
+        metadata={
+            "help": "log the smallest, mean and largest trust ratio of all tensors, and the "
+            "percentage of tensors at the lower bound (costs a synchronisation on GPU)"
+        },
+    )
+    lr: List[float] = II("optimization.lr")
+
+
+@register_optimizer("min_trust_lamb", dataclass=MinTrustLAMBConfig)
+class FairseqMinTrustLAMB(FairseqOptimizer):
+    """Registers :class:`MinTrustLAMB` with fairseq."""
+
+    def __init__(self, cfg, params):
+        super().__init__(cfg)
+        if len(cfg.lamb_betas) != 2 or not all(0 <= beta < 1 for beta in cfg.lamb_betas):
+            raise UserError(
+                f"--lamb-betas {list(cfg.lamb_betas)}: give two numbers of at least 0 and below 1"
+            )
+        for name in ("lamb_eps", "weight_decay", "min_trust"):
+            if not getattr(cfg, name) >= 0:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
+                )
+        self._optimizer = MinTrustLAMB(params, **self.optimizer_config)
+
+    @property
+    def optimizer_config(self):
+        """What a resumed run takes from its command line, not from the checkpoint."""
+        return {
+            "lr": self.cfg.lr[0],
+            "betas": tuple(self.cfg.lamb_betas),
+            "eps": self.cfg.lamb_eps,
+            "weight_decay": self.cfg.weight_decay,
+            "min_trust": self.cfg.min_trust,
+        }
+
+    @property
+    def supports_flat_params(self):
+        """A trust ratio belongs to a tensor; over all parameters in one it means something else.
+        fairseq refuses ``--fp16`` then, and names ``--fp16-no-flatten-grads``."""
+        return False
+
+    def step(self, closure=None, scale=1.0, groups=None):
+        super().step(closure, scale, groups)
+        if self.cfg.log_trust_ratios:
+            ratios = self.optimizer.trust_ratios.float()
+            at_bound = (ratios <= self.cfg.min_trust).float().mean() * 100
+            for name, value in (
+                ("trust_min", ratios.min()),
+                ("trust_mean", ratios.mean()),
+                ("trust_max", ratios.max()),
+                ("trust_at_bound", at_bound),
+            ):
+                metrics.log_scalar(name, value.item(), priority=450, round=4)

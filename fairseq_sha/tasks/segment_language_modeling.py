@@ -1,0 +1,224 @@
+"""What language modeling over segments with carried state needs, whatever the tokens are."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy as np
+from fairseq.data import (
+    AppendTokenDataset,
+    Dictionary,
+    IdDataset,
+    ListDataset,
+    NestedDictionaryDataset,
+    NumelDataset,
+    PadDataset,
+    PrependTokenDataset,
+)
+from fairseq.dataclass import FairseqDataclass
+from fairseq.sequence_generator import SequenceGenerator
+from fairseq.tasks import FairseqTask
+from omegaconf import II
+
+from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator
+from fairseq_sha.errors import UserError
+
+
+@dataclass
+class SegmentLanguageModelingConfig(FairseqDataclass):
+    data: Optional[str] = field(
+        default=None, metadata={"help": "data folder made by a script in preprocess/"}
+    )
+    tokens_per_sample: int = field(
+        default=1024,
+        metadata={"help": "length of a segment in tokens (default: paper's bptt for enwik8)"},
+    )
+    random_segment_lengths: bool = field(
+        default=False,
+        metadata={
+            "help": "draw the lengths of training segments at random, tokens-per-sample at most, "
+            "as the published SHA-RNN training does"
+        },
+    )
+    seed: int = II("common.seed")
+    train_subset: str = II("dataset.train_subset")
+
+
+class SegmentLanguageModelingTask(FairseqTask):
+    """Language modeling in which parallel streams are read segment by segment, in order.
+
+    ``--batch-size`` is the number of streams of each worker. Every token but a split's first is
+    predicted exactly once an epoch, and scored exactly once in evaluation.
+    """
+
+    def __init__(self, cfg, dictionary, from_checkpoint=False):
+        super().__init__(cfg)
+        self.dictionary = dictionary
+        self.model = None
+
+    @classmethod
+    def setup_task(cls, cfg, **kwargs):
+        if not cfg.data:
+            raise UserError("no data folder given; make one with a script in preprocess/")
+        if cfg.tokens_per_sample < 1:
+            raise UserError(f"--tokens-per-sample {cfg.tokens_per_sample}: must be at least 1")
+        return cls(cfg, cls.load_dictionary(os.path.join(cfg.data, "dict.txt")), **kwargs)
+
+    @classmethod
+    def load_dictionary(cls, filename):
+        return Dictionary.load(filename)
+
+    @property
+    def source_dictionary(self):
+        return self.dictionary
+
+    @property
+    def target_dictionary(self):
+        return self.dictionary
+
+    def build_model(self, cfg, from_checkpoint=False):
+        self.model = super().build_model(cfg, from_checkpoint)
+        return self.model
+
+    def load_dataset(self, split, **kwargs):
+        self.datasets[split] = Corpus(os.path.join(self.cfg.data, split))
+
+    def get_batch_iterator(
+        self,
+        dataset,
+        max_sentences=None,
+        num_shards=1,
+        shard_id=0,
+        num_workers=0,
+        epoch=1,
+        data_buffer_size=0,
+        skip_remainder_batch=False,
+        **kwargs,
+    ):
+        """fairseq's hook. A :class:`Corpus` is cut into segments; what
+        :meth:`build_dataset_for_inference` made is batched as by any task.
+
+        Raises:
+            UserError: no batch size, which here is the number of streams
+        """
+        if not isinstance(dataset, Corpus):
+            return super().get_batch_iterator(
+                dataset,
+                max_sentences=max_sentences,
+                num_shards=num_shards,
+                shard_id=shard_id,
+                num_workers=num_workers,
+                epoch=epoch,
+                data_buffer_size=data_buffer_size,
+                **kwargs,
+            )
+        if max_sentences is None:
+            raise UserError("--batch-size is missing: it is the number of parallel streams")
+        split = next(name for name, loaded in self.datasets.items() if loaded is dataset)
+        training = split == self.cfg.train_subset
+        segments = SegmentDataset(
+            dataset,
+            split,
+            epoch,
+            self.dictionary.pad(),
+            batch_size=max_sentences,
+            tokens_per_sample=self.cfg.tokens_per_sample,
+            random_lengths=training and self.cfg.random_segment_lengths,
+            seed=self.cfg.seed,
+            num_workers=num_shards,
+            worker=shard_id,
+        )
+        decoder = self.model.decoder if training and self.model is not None else None
+        return SegmentIterator(
+            segments,
+            carried=decoder and decoder.carried,
+            like=decoder and next(decoder.parameters()),
+            num_workers=num_workers,
+            buffer_size=data_buffer_size,
+            skip_remainder_batch=skip_remainder_batch,
+        )
+
+    def eval_lm_dataloader(
+        self, dataset, batch_size=None, num_shards=1, context_window=0, **kwargs
+    ):
+        """``fairseq-eval-lm``'s hook. Without ``--batch-size``, one stream.
+
+        Raises:
+            UserError: options whose result would not count every token once
+        """
+        if context_window > 0:
+            raise UserError(
+                "--context-window has no use here: every token is scored once, with the state "
+                "carried from all text before it; leave it out"
+            )
+        if num_shards > 1:
+            raise UserError(
+                f"{num_shards} workers: fairseq-eval-lm would report the score of one worker's "
+                "part as that of the whole; use one worker"
+            )
+        kwargs = {k: kwargs[k] for k in ("num_workers", "data_buffer_size") if k in kwargs}
+        return self.get_batch_iterator(
+            dataset, max_sentences=batch_size or 1, **kwargs
+        ).next_epoch_itr(shuffle=False)
+
+    # Text is one stream without an end. Generation therefore takes newline for what came before the
+    # prompt, and another symbol, which it cannot choose, for fairseq's end of a hypothesis.
+
+    def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
+        """Prompts for generation, or texts for scoring.
+
+        Args:
+            src_tokens (list of LongTensor): token ids of each, ``[length]``
+            src_lengths: their lengths
+        """
+        lengths = np.array([int(length) for length in src_lengths])
+        texts = ListDataset([tokens.long() for tokens in src_tokens], lengths)
+        inputs = PrependTokenDataset(texts, self.dictionary.eos())
+        targets = AppendTokenDataset(texts, self.dictionary.pad())
+        return NestedDictionaryDataset(
+            {
+                "id": IdDataset(),
+                "net_input": {
+                    "src_tokens": PadDataset(inputs, self.dictionary.pad(), left_pad=False),
+                    "src_lengths": NumelDataset(inputs),
+                },
+                "target": PadDataset(targets, self.dictionary.pad(), left_pad=False),
+            },
+            sizes=[inputs.sizes],
+        )
+
+    def build_generator(self, models, args, extra_gen_cls_kwargs=None, **kwargs):
+        """fairseq's generator, which goes on to the maximum length, newlines included, and chooses
+        no symbol that :meth:`symbols_without_text` names."""
+        generator = super().build_generator(
+            models,
+            args,
+            extra_gen_cls_kwargs={
+                "eos": self.dictionary.bos(),
+                "tokens_to_suppress": self.symbols_without_text(),
+                **(extra_gen_cls_kwargs or {}),
+            },
+            **kwargs,
+        )
+        if isinstance(generator, SequenceGenerator):
+            generator.unk_penalty = math.inf
+        return generator
+
+    def symbols_without_text(self):
+        """Symbols of the dictionary, beside the special ones, that must not be generated."""
+        return [s for s in self.dictionary.symbols if s.startswith("madeupword")]
+
+    def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
+        if constraints is not None:
+            raise UserError("--constraints is not supported; leave it out")
+        if not isinstance(generator, SequenceGenerator):
+            return generator.generate(models, sample)
+        inputs = sample["net_input"]["src_tokens"]
+        # No hypothesis ends before the maximum length, which fairseq derives from the prompt's.
+        generator.min_len = int(generator.max_len_a * inputs.size(1) + generator.max_len_b)
+        if prefix_tokens is None:
+            prefix_tokens = inputs[:, 1:]
+        return generator.generate(
+            models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos()
+        )

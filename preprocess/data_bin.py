@@ -1,0 +1,314 @@
+"""Turn a file of bytes into a data-bin folder that fairseq reads.
+
+The folder holds ``dict.txt`` and, for each of train, valid and test, the pair of files of fairseq's
+``MMapIndexedDataset``: ``.bin`` (one uint16 token per byte) and ``.idx`` (where each item lies).
+An item is a line: the newline byte is ``</s>`` and ends it. A last line without a newline is an
+item without ``</s>``, so a split has exactly as many tokens as bytes.
+
+fairseq itself could write these files, but importing it costs about 5 seconds, more than the
+whole conversion of 100 MB. That is why the few lines that write the index and the dictionary are
+here, and why nothing here needs more than numpy. The tests prove them identical to fairseq's.
+"""
+
+import argparse
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import stat
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that end a program politely
+MINIMUM = 2  # bytes in a split: one to predict from and one to predict
+NEWLINE = 10
+CHUNK = 1 << 18  # bytes at a time; small enough for numpy's intermediate arrays to stay in cache
+
+# fairseq's Dictionary: <s>, <pad>, </s>, <unk>, then the symbols; the size a multiple of 8.
+EOS = 2
+UNK = 3
+SPECIALS = 4
+MULTIPLE = 8
+
+# fairseq's MMapIndexedDataset.Index: magic, version, code of the dtype, number of items.
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+UINT16_CODE = 8
+LONGEST_ITEM = np.iinfo(np.int32).max
+
+
+class UserError(Exception):
+    """Something the user can put right. Its text is one line: what is wrong, and the remedy."""
+
+
+@contextlib.contextmanager
+def explained(problem, remedy):
+    """Turn an OSError inside the block into a UserError with this text around its reason."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem}: {error.strerror or error}; {remedy}") from error
+
+
+def run(main):
+    """Call ``main()``, say how long it took, and exit with status 1 and one line on a UserError.
+
+    A signal that ends the program does so through an exception (status 128 + signal, as in a
+    shell), so that whatever is half done is cleaned up.
+    """
+    for number in SIGNALS:
+        # An ignored signal stays ignored: nohup relies on that.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    started = time.perf_counter()
+    try:
+        main()
+        print(f"took {time.perf_counter() - started:.1f} s")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _stop(number, _frame):
+    for each in SIGNALS:  # a second one must not disturb the clean-up
+        signal.signal(each, signal.SIG_IGN)
+    # Not print, which fails if the signal came while something was being printed.
+    os.write(2, f"error: stopped by {signal.Signals(number).name}\n".encode())
+    sys.exit(128 + number)
+
+
+def argument_parser(description):
+    """The options that all scripts share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dest", required=True, help="data-bin folder to make; must not exist yet")
+    parser.add_argument(
+        "--all-bytes",
+        action="store_true",
+        help="give all 256 bytes a place in the dictionary, not only those that occur in train",
+    )
+    return parser
+
+
+def checked_dest(dest):
+    """``dest`` as an absolute path; UserError if there is anything there but an empty folder."""
+    with explained(f"cannot write {dest}", "choose another --dest"):
+        dest = Path(dest).resolve()
+        if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+            raise UserError(f"{dest} already exists; remove it or choose another --dest")
+        above = next(folder for folder in dest.parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"cannot write {dest}: {above} is a file; choose another --dest")
+    return dest
+
+
+def open_input(path):
+    """Open a regular file for reading bytes; UserError if that is impossible."""
+    with explained(f"cannot read {path}", "check the path and its permissions"):
+        # Before opening, since opening a pipe would wait for its writer.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UserError(f"cannot read {path}: it is {kind}; give a file")
+        return open(path, "rb")
+
+
+def convert(stream, name, dest, valid, test, all_bytes=False):
+    """Write the data-bin folder ``dest`` and print a summary.
+
+    stream: seekable binary file with train, valid and test in this order; ``name`` is for messages
+    dest: from ``checked_dest``; it appears when it is complete, or not at all
+    valid, test: bytes of these splits; train is what comes before them
+    all_bytes: also put bytes in the dictionary that do not occur in train
+
+    UserError: a split is smaller than 2 bytes, valid or test has a byte that is not in the
+    dictionary, or reading or writing fails.
+    """
+    splits = cut(stream, name, valid, test)
+    counts = [split.counts() for split in splits]
+    symbols = padded(sorted_symbols(counts[0], all_bytes))
+    table = token_table(symbols)
+    with new_folder(dest) as folder:
+        write_dictionary(symbols, folder / "dict.txt")
+        for split, count in zip(splits, counts):
+            write_split(split, split.lines(count), table, folder)
+
+    for split, count in zip(splits, counts):
+        print(f"{split.name}: {split.size:,} bytes, {split.lines(count):,} lines")
+    print(f"dictionary: {SPECIALS + len(symbols)} symbols, {np.sum(table != UNK)} of them bytes")
+    print(f"data-bin folder: {dest}")
+
+
+class Split(NamedTuple):
+    """A stretch of the input: ``size`` bytes of ``stream`` from byte ``start`` on."""
+
+    name: str  # train, valid or test
+    stream: BinaryIO
+    file: str  # what messages call the stream
+    start: int
+    size: int
+
+    def chunks(self):
+        """Yield the bytes as arrays, uint8 [up to CHUNK]."""
+        self.stream.seek(self.start)
+        left = self.size
+        while left:
+            with explained(f"cannot read {self.file}", "run again"):
+                data = self.stream.read(min(left, CHUNK))
+            if not data:
+                raise changed(self.file)
+            left -= len(data)
+            yield np.frombuffer(data, dtype=np.uint8)
+
+    def counts(self):
+        """How often each byte occurs, int64 [256]."""
+        return sum(np.bincount(chunk, minlength=256) for chunk in self.chunks())
+
+    def lines(self, counts):
+        """The number of lines, a last one without a newline included."""
+        self.stream.seek(self.start + self.size - 1)
+        return int(counts[NEWLINE]) + (self.stream.read(1) != b"\n")
+
+
+def changed(file):
+    return UserError(f"{file} changed while it was read; run again when nothing writes to it")
+
+
+def cut(stream, file, valid, test):
+    """The three splits; UserError if one of them would be too small."""
+    total = stream.seek(0, os.SEEK_END)
+    if total == 0:
+        raise UserError(f"{file} is empty; give a file with some bytes in it")
+    train = total - valid - test
+    if min(train, valid, test) < MINIMUM:
+        raise UserError(
+            f"{file} has {total:,} bytes: train {train:,}, valid {valid:,}, test {test:,}; "
+            f"each needs at least {MINIMUM}; give a larger file or other sizes"
+        )
+    return (
+        Split("train", stream, file, 0, train),
+        Split("valid", stream, file, train, valid),
+        Split("test", stream, file, train + valid, test),
+    )
+
+
+def sorted_symbols(counts, all_bytes):
+    """(symbol, count) of each byte but the newline, in the order of fairseq's Dictionary.finalize.
+
+    counts: int [256]; the symbols are decimal byte values; bytes that do not occur are left out
+    unless ``all_bytes``
+    """
+    symbols = [
+        (str(byte), int(counts[byte]))
+        for byte in range(256)
+        if byte != NEWLINE and (all_bytes or counts[byte])
+    ]
+    # Most frequent first; equal counts in the order of the strings, where "100" is before "99".
+    return sorted(symbols, key=lambda symbol: (-symbol[1], symbol[0]))
+
+
+def padded(symbols):
+    """``symbols`` and as many unused ones as make the dictionary's size a multiple of 8."""
+    missing = -(SPECIALS + len(symbols)) % MULTIPLE
+    return symbols + [(f"madeupword{i:04d}", 0) for i in range(missing)]
+
+
+def token_table(symbols):
+    """The token of each byte, uint16 [256]; <unk> for a byte that is not in the dictionary."""
+    table = np.full(256, UNK, dtype=np.uint16)
+    table[NEWLINE] = EOS
+    for token, (symbol, _) in enumerate(symbols, start=SPECIALS):
+        if symbol.isdigit():
+            table[int(symbol)] = token
+    return table
+
+
+def write_dictionary(symbols, path):
+    """Write (symbol, count) pairs as fairseq's Dictionary.save does; it leaves the specials out."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{symbol} {count}\n" for symbol, count in symbols)
+
+
+def write_split(split, lines, table, folder):
+    """Write the split's .bin and .idx into ``folder``.
+
+    The number of lines has to be known, so that no more than one chunk is ever in memory.
+    UserError: a byte that is not in ``table``, which must never become <unk>, as that would make
+    every score wrong.
+    """
+    tokens_path, index_path = folder / f"{split.name}.bin", folder / f"{split.name}.idx"
+    with open(tokens_path, "wb") as file, index_writer(index_path, lines) as add_items:
+        position = begin = 0  # bytes so far; where the line begins that is being read
+        for chunk in split.chunks():
+            tokens = table[chunk]
+            unknown = tokens == UNK
+            if unknown.any():
+                raise unseen(split, chunk, int(unknown.argmax()), position)
+            file.write(tokens)
+            ends = position + 1 + np.flatnonzero(chunk == NEWLINE)
+            edges = np.append(begin, ends)
+            add_items(edges)
+            begin = edges[-1]
+            position += len(chunk)
+        if begin < position:
+            add_items(np.array([begin, position]))
+
+
+def unseen(split, chunk, index, position):
+    """The error about byte ``index`` of the chunk that begins at ``position`` of the split."""
+    offset = position + index
+    return UserError(
+        f"byte {chunk[index]} at offset {offset} of the {split.name} split (offset "
+        f"{split.start + offset} of {split.file}) does not occur in train; use --all-bytes to make "
+        "a dictionary of all 256 bytes"
+    )
+
+
+@contextlib.contextmanager
+def index_writer(path, items):
+    """Write the index of ``items`` items: header, all their sizes (int32), all offsets (int64).
+
+    Yields a function that adds the items between successive ``edges`` (in tokens, int64 [n + 1]).
+    Sizes and offsets grow side by side, each through its own handle on the file.
+    """
+    header = INDEX_MAGIC + struct.pack("<QBQ", INDEX_VERSION, UINT16_CODE, items)
+    offsets_begin = len(header) + items * np.dtype(np.int32).itemsize
+    with open(path, "wb") as sizes_file, open(path, "r+b") as offsets_file:
+        sizes_file.write(header)
+        offsets_file.seek(offsets_begin)
+
+        def add_items(edges):
+            sizes = np.diff(edges)
+            if sizes.size and sizes.max() > LONGEST_ITEM:
+                raise UserError(f"a line is longer than the {LONGEST_ITEM:,} bytes of an index")
+            sizes_file.write(sizes.astype(np.int32))
+            offsets_file.write(edges[:-1].astype(np.int64) * np.dtype(np.uint16).itemsize)
+
+        yield add_items
+        if sizes_file.tell() != offsets_begin:
+            raise changed("the input")
+
+
+@contextlib.contextmanager
+def new_folder(dest):
+    """Yield an empty folder that becomes ``dest`` at the end, or vanishes if anything fails.
+
+    UserError: an OSError, here or inside the block.
+    """
+    # Beside dest, since a rename cannot leave the file system. Named before it is made, so that
+    # there is no moment at which it exists and would not be removed.
+    folder = dest.with_name(f".{dest.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with explained(f"cannot write {dest}", "free some space or choose another --dest"):
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            yield folder
+            os.rename(folder, dest)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,45 @@
+import os
+
+import numpy as np
+import pytest
+
+from fairseq_sha import UserError
+from fairseq_sha.data import ByteDictionary, Corpus
+from tests.tiny_corpus import write_split
+
+
+def test_reads_all_items_as_one_array(tmp_path):
+    data = b"one\n\ntwo three\nfour"
+    corpus = Corpus(write_split(data, tmp_path))
+    dictionary = ByteDictionary.load(str(tmp_path / "dict.txt"))
+    assert dictionary.decode(corpus.tokens) == data
+    assert corpus.num_tokens == len(data) and len(corpus) == len(data) - 1
+    assert isinstance(corpus.tokens, np.memmap)
+
+
+def damage(path, how):
+    if how == "missing":
+        os.remove(path)
+    elif how == "empty":
+        open(path, "wb").close()
+    elif how == "truncated":
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) - 3)
+    else:
+        with open(path, "wb") as file:
+            file.write(b"not at all what it should be" * 10)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "foreign"])
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_damaged_files_are_named(tmp_path, suffix, how):
+    prefix = write_split(b"one\ntwo\n" * 50, tmp_path)
+    damage(prefix + suffix, how)
+    with pytest.raises(UserError, match="preprocess the corpus") as error:
+        Corpus(prefix)
+    assert prefix + suffix in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nothing_to_predict(tmp_path):
+    with pytest.raises(UserError, match="fewer than two tokens"):
+        Corpus(write_split(b"a", tmp_path))

@@ -1,0 +1,146 @@
+"""Every prediction is in exactly one segment of one stream, whatever the sizes."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_sha.data import SegmentDataset, SegmentId, segment_lengths, stream_bounds
+
+PAD = 1
+
+
+class FakeCorpus:
+    """Token ``i`` is ``i + 10``, so that each says where it stands."""
+
+    def __init__(self, num_tokens):
+        self.num_tokens = num_tokens
+        self.tokens = np.arange(10, num_tokens + 10)
+
+    def __len__(self):
+        return self.num_tokens - 1
+
+
+sizes = {
+    "num_tokens": st.integers(2, 300),
+    "batch_size": st.integers(1, 9),
+    "num_workers": st.integers(1, 3),
+    "tokens_per_sample": st.integers(1, 70),
+    "random_lengths": st.booleans(),
+    "seed": st.integers(0, 5),
+    "epoch": st.integers(1, 4),
+}
+
+
+def workers(num_tokens, num_workers, epoch, **options):
+    return [
+        SegmentDataset(
+            FakeCorpus(num_tokens),
+            "train",
+            epoch,
+            PAD,
+            num_workers=num_workers,
+            worker=worker,
+            **options,
+        )
+        for worker in range(num_workers)
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(**sizes)
+def test_every_prediction_is_scored_once(**options):
+    datasets = workers(**options)
+    assert len({len(dataset) for dataset in datasets}) == 1  # no worker runs dry before another
+    scored = []
+    for dataset in datasets:
+        for index in range(len(dataset)):
+            batch = dataset[index]
+            inputs, targets = batch["net_input"]["src_tokens"], batch["target"]
+            assert inputs.shape == targets.shape and inputs.shape[1] <= dataset.tokens_per_sample
+            real = targets != PAD
+            assert (targets[real] == inputs[real] + 1).all()
+            assert int(real.sum()) == batch["ntokens"]
+            scored += targets[real].tolist()
+    assert sorted(scored) == list(range(11, options["num_tokens"] + 10))
+
+
+@settings(max_examples=100, deadline=None)
+@given(**sizes)
+def test_a_stream_reads_on_where_it_stopped(**options):
+    for dataset in workers(**options):
+        batches = [dataset[index] for index in range(len(dataset))]
+        inputs = np.concatenate([b["net_input"]["src_tokens"].numpy() for b in batches], axis=1)
+        targets = np.concatenate([b["target"].numpy() for b in batches], axis=1)
+        for row_inputs, row_targets in zip(inputs, targets):
+            count = int((row_targets != PAD).sum())
+            assert (row_targets[count:] == PAD).all()
+            assert (np.diff(row_inputs[:count]) == 1).all()
+            assert (row_targets[:count] == row_inputs[:count] + 1).all()
+
+
+def test_streams_are_the_same_on_any_number_of_workers():
+    options = dict(num_tokens=101, tokens_per_sample=7, random_lengths=True, seed=1, epoch=2)
+    (whole,) = workers(num_workers=1, batch_size=4, **options)
+    halves = workers(num_workers=2, batch_size=2, **options)
+    for index in range(len(whole)):
+        targets = np.concatenate([half[index]["target"] for half in halves])
+        assert (whole[index]["target"].numpy() == targets).all()
+        ids = np.concatenate([half[index]["id"] for half in halves])
+        assert (whole[index]["id"].numpy() == ids).all()
+
+
+def test_stream_bounds_are_even():
+    assert stream_bounds(10, 3).tolist() == [0, 4, 7, 10]
+    assert stream_bounds(2, 4).tolist() == [0, 1, 2, 2, 2]
+
+
+def test_fixed_segment_lengths():
+    assert segment_lengths(10, 4).tolist() == [4, 4, 2]
+    assert segment_lengths(8, 4).tolist() == [4, 4]
+    assert segment_lengths(3, 4).tolist() == [3]
+
+
+def test_random_segment_lengths_follow_the_published_distribution():
+    lengths = segment_lengths(10**7, 1000, np.random.RandomState(1))
+    assert lengths.sum() == 10**7
+    full = lengths[lengths > 750]
+    assert len(full) / len(lengths) == pytest.approx(0.95, abs=0.01)
+    assert lengths.max() == 1000  # a draw above the maximum is cut to it
+    # The full ones: a normal of mean 1000 and deviation 5, rounded down, cut at its mean.
+    assert full.mean() == pytest.approx(1000 - 5 * 0.3989 - 0.25, abs=0.2)
+    halves = lengths[(lengths > 400) & (lengths < 600)]
+    assert len(halves) + len(full) >= len(lengths) - 1  # all but the last
+    assert halves.mean() == pytest.approx(499.5, abs=1)
+    assert halves.std() == pytest.approx(5, abs=0.5)
+    assert segment_lengths(1000, 8, np.random.RandomState(1))[:-1].min() >= 5
+
+
+def test_random_segment_lengths_depend_on_seed_and_epoch_alone():
+    def lengths(seed, epoch):
+        options = dict(num_tokens=3000, batch_size=2, tokens_per_sample=50, random_lengths=True)
+        (dataset,) = workers(num_workers=1, seed=seed, epoch=epoch, **options)
+        return np.diff(dataset.offsets).tolist()
+
+    assert lengths(1, 1) == lengths(1, 1)
+    assert lengths(1, 1) != lengths(1, 2)
+    assert lengths(1, 1) != lengths(2, 1)
+
+
+def test_identity_survives_its_string():
+    for segment in (SegmentId("train", 3, 17), SegmentId("valid:b", 1, 0)):
+        assert SegmentId.parse(str(segment)) == segment
+
+
+def test_dataset_is_small_when_pickled():
+    """Data workers get a pickled copy: it must not carry the corpus."""
+    from fairseq_sha.data import Corpus
+    from tests.tiny_corpus import write_split
+
+    corpus = Corpus(write_split(bytes(range(32, 127)) * 1000))
+    dataset = SegmentDataset(corpus, "train", 1, PAD, batch_size=4, tokens_per_sample=50)
+    first = dataset[0]["target"]
+    assert len(pickle.dumps(dataset)) < 50_000
+    assert (pickle.loads(pickle.dumps(dataset))[0]["target"] == first).all()

@@ -1,0 +1,102 @@
+"""The rules by which state is carried from one segment to the next."""
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+from tests.conftest import dictionary_of
+
+
+class Summing(nn.Module):
+    """A layer whose state tells what it has read: the running sum of its inputs."""
+
+    def forward(self, h, state):
+        sums = h.cumsum(0) + state.get("sum", 0)
+        return sums, {"sum": sums[-1:]}
+
+
+@pytest.fixture
+def decoder():
+    return SegmentDecoder(dictionary_of(16), [Summing()], width=4)
+
+
+def feed(decoder, segment, training=True):
+    """Run a segment whose tokens depend on its name alone; returns the first features, from
+    which the state that it started from can be told."""
+    generator = torch.Generator().manual_seed(sum(segment.encode()))
+    tokens = torch.randint(16, (2, 3), generator=generator)
+    features, _ = decoder.train(training).extract_features(tokens, segment=segment)
+    return features - decoder.embedding(tokens).cumsum(1)
+
+
+def started_from_nothing(before):
+    return bool(torch.allclose(before, torch.zeros_like(before), atol=1e-6))
+
+
+def test_successor_starts_from_what_was_left(decoder):
+    assert started_from_nothing(feed(decoder, "train:1:0"))
+    assert not started_from_nothing(feed(decoder, "train:1:1"))
+    assert not started_from_nothing(feed(decoder, "train:1:2"))
+
+
+@pytest.mark.parametrize("other", ["train:1:3", "train:2:2", "train:1:0", "other:1:2"])
+def test_any_other_segment_starts_from_nothing(decoder, other):
+    feed(decoder, "train:1:0")
+    feed(decoder, "train:1:1")
+    assert started_from_nothing(feed(decoder, other))
+
+
+def test_segment_fed_again_starts_where_it_started(decoder):
+    feed(decoder, "train:1:0")
+    first = feed(decoder, "train:1:1")
+    again = feed(decoder, "train:1:1")
+    assert torch.equal(first, again)
+    after = feed(decoder, "train:1:2")
+    torch.testing.assert_close(feed(decoder, "train:1:2"), after)
+
+
+def test_training_state_survives_validation(decoder):
+    feed(decoder, "train:1:0")
+    expected = feed(decoder, "train:1:1")
+    feed(decoder, "train:1:0")
+    assert started_from_nothing(feed(decoder, "valid:1:0", training=False))
+    assert not started_from_nothing(feed(decoder, "valid:1:1", training=False))
+    assert started_from_nothing(feed(decoder, "valid2:1:0", training=False))
+    assert started_from_nothing(feed(decoder, "train:1:0", training=False))
+    torch.testing.assert_close(feed(decoder, "train:1:1"), expected)
+
+
+def test_validation_state_is_freed(decoder):
+    feed(decoder, "train:1:0")
+    feed(decoder, "valid:1:0", training=False)
+    feed(decoder, "train:1:1")
+    assert list(decoder.carried._kept) == [("train", True)]
+
+
+def test_batch_without_identity_changes_nothing(decoder):
+    feed(decoder, "train:1:0")
+    expected = feed(decoder, "train:1:1")
+    decoder(torch.zeros(2, 3, dtype=torch.long))
+    torch.testing.assert_close(feed(decoder, "train:1:1"), expected)
+
+
+def test_failure_within_a_segment_changes_nothing(decoder):
+    feed(decoder, "train:1:0")
+    with pytest.raises(IndexError):
+        decoder(torch.full((2, 3), 99), segment="train:1:1")
+    assert not started_from_nothing(feed(decoder, "train:1:1"))
+
+
+def test_state_can_be_saved_and_restored(decoder):
+    assert decoder.carried.training_state() is None
+    feed(decoder, "train:3:0")
+    saved = decoder.carried.training_state()
+    expected = feed(decoder, "train:3:1")
+    other = SegmentDecoder(dictionary_of(16), [Summing()], width=4)
+    other.load_state_dict(decoder.state_dict())
+    other.carried.restore(saved, other.output_bias)
+    torch.testing.assert_close(feed(other, "train:3:1"), expected)
+    for layer in saved["state"]:
+        for tensor in layer.values():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

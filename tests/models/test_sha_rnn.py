@@ -1,0 +1,249 @@
+"""SHA-RNN against numbers that the author's published code produced, and against itself."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fairseq_sha import UserError
+from fairseq_sha.models.sha_rnn import (
+    SHALSTMEnwik8Config,
+    SHARNNConfig,
+    SHARNNDecoder,
+    SHARNNEnwik8Config,
+    SHARNNEnwik8FullConfig,
+)
+from tests.conftest import dictionary_of, golden_cases
+
+CASES = golden_cases("sha_rnn")
+
+REFERENCE_NAMES = {
+    "rnn.": "lstm.",
+    "lnstart.": "norm_start.",
+    "lnmem.": "norm_memory.",
+    "lnmid.": "norm_mid.",
+    "lnxff.": "norm_boom.",
+    "lnff.": "norm_residual.",
+    "ff.linear1.": "boom.linear.",
+    "attn.qln.": "attention.query_norm.",
+    "attn.qs": "attention.query_gate",
+    "attn.ks": "attention.key_gate",
+    "attn.vs": "attention.value_gate.seed",
+    "attn.vq.l1.": "attention.value_gate.linear.",
+    "attn.q.": "attention.query.",
+}
+
+
+def our_name(name):
+    """Our name of a parameter of the published code."""
+    if name == "encoder.weight":
+        return "embedding.weight"
+    if name == "decoder.bias":
+        return "output_bias"
+    _, layer, rest = name.split(".", 2)
+    for reference, ours in REFERENCE_NAMES.items():
+        if rest.startswith(reference):
+            return f"layers.{layer}.{ours}{rest[len(reference) :]}"
+    return None  # takes no part in the published model either
+
+
+def config(**fields):
+    return OmegaConf.structured(SHARNNConfig(**fields))
+
+
+def decoder(vocabulary=29, **fields):
+    small = dict(width=24, window=14, dropout_input=0, dropout_hidden=0, dropout_output=0)
+    return SHARNNDecoder(config(**{**small, **fields}), dictionary_of(vocabulary))
+
+
+def randomise(module):
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def golden_decoder(case):
+    params = {k[len("param/") :]: v for k, v in case.items() if k.startswith("param/")}
+    vocabulary, width = params["encoder.weight"].shape
+    model = decoder(
+        vocabulary,
+        width=width,
+        window=int(case["window"]),
+        attention_layers=[int(i) for i in case["attention_layers"]],
+        num_layers=1 + max(int(name.split(".")[1]) for name in params if "blocks" in name),
+        boom_multiple=len(params["blocks.0.ff.linear1.weight"]) // width,
+    )
+    own = dict(model.named_parameters())
+    weights = {
+        our_name(name): value.reshape(own[our_name(name)].shape)
+        for name, value in params.items()
+        if our_name(name) in own
+    }
+    model.load_state_dict(weights)
+    return model
+
+
+def segments(case):
+    """Tokens and targets of each segment, ``[B, T]``."""
+    start = 0
+    for length in map(int, case["segments"]):
+        piece = case["tokens"][start : start + length + 1].long().t()
+        yield piece[:, :-1], piece[:, 1:]
+        start += length
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_published_code(name, training):
+    case = CASES[name]
+    model = golden_decoder(case).train(training)
+    for i, (tokens, targets) in enumerate(segments(case)):
+        model.zero_grad()
+        logits, _ = model(tokens, segment=f"train:1:{i}")
+        torch.testing.assert_close(logits.transpose(0, 1), case[f"logits{i}"], atol=1e-4, rtol=0)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(loss, case[f"loss{i}"].reshape(()), atol=1e-4, rtol=0)
+        loss.backward()
+
+    expected = {our_name(k[len("grad/") :]): v for k, v in case.items() if k.startswith("grad/")}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert set(expected) == set(gradients)
+    for name, gradient in gradients.items():
+        reference = expected[name].reshape(gradient.shape)
+        bound = 1e-3 * reference.abs().max() + 1e-8
+        assert (gradient - reference).abs().max() <= bound, name
+
+    state = model.carried.training_state()["state"] if training else None
+    for layer, left in enumerate(state or []):
+        for key in ("h", "c"):
+            torch.testing.assert_close(left[key], case[f"hidden/{layer}/{key}"], atol=1e-4, rtol=0)
+        assert ("memory" in left) == (f"memory/{layer}" in case)
+        if "memory" in left:
+            torch.testing.assert_close(left["memory"], case[f"memory/{layer}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "cfg, millions, uncollapsed_millions",
+    [
+        (SHALSTMEnwik8Config, 50.62, 50.62),
+        (SHARNNEnwik8Config, 51.67, 53.77),
+        (SHARNNEnwik8FullConfig, 54.85, 63.25),
+    ],
+)
+def test_parameter_counts_of_the_paper(cfg, millions, uncollapsed_millions):
+    for collapse, expected in ((True, millions), (False, uncollapsed_millions)):
+        with torch.device("meta"):
+            model = SHARNNDecoder(OmegaConf.structured(cfg(collapse=collapse)), dictionary_of(205))
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        assert count == pytest.approx(expected, abs=0.01)
+
+
+def test_collapsing_changes_no_output():
+    full = randomise(decoder(attention_layers=[0, 2])).eval()
+    collapsed = decoder(attention_layers=[0, 2], collapse=True).eval()
+    weights = full.state_dict()
+    for layer in (0, 2):
+        name = f"layers.{layer}.attention.value_gate"
+        collapsed.layers[layer].attention.value_gate.upgrade_state_dict_named(weights, name)
+    collapsed.load_state_dict(weights)
+    tokens = torch.randint(29, (3, 20))
+    torch.testing.assert_close(collapsed(tokens)[0], full(tokens)[0])
+
+
+def test_one_token_at_a_time_equals_the_segment_pass():
+    model = randomise(decoder(attention_layers=[1, 2], window=20)).eval()
+    tokens = torch.randint(29, (3, 20))
+    expected, _ = model(tokens)
+    state = {}
+    for t in range(20):
+        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
+        torch.testing.assert_close(logits[:, 0], expected[:, t])
+
+
+def test_generation_follows_the_order_of_beams():
+    model = randomise(decoder()).eval()
+    tokens = torch.randint(29, (3, 6))
+    order = torch.tensor([2, 0, 0])
+    state, expected = {}, None
+    for t in range(5):
+        model(tokens[:, : t + 1], incremental_state=state)
+    model.reorder_incremental_state_scripting(state, order)
+    reordered = torch.cat([tokens[order, :5], tokens[:, 5:]], 1)
+    logits, _ = model(reordered, incremental_state=state)
+    expected = model(reordered)[0]
+    torch.testing.assert_close(logits[:, 0], expected[:, -1])
+
+
+def test_memory_is_bounded_by_the_window_and_detached():
+    model = decoder(attention_layers=[2], window=10)
+    for index in range(4):
+        logits, _ = model(torch.randint(29, (2, 7)), segment=f"train:1:{index}")
+        logits.sum().backward()  # would fail through the graph of the segment before
+        kept = model.carried._kept["train", True].after
+        assert len(kept[2]["memory"]) == min(7 * (index + 1), 10)
+        assert not any(tensor.requires_grad for layer in kept for tensor in layer.values())
+
+
+def test_evaluation_has_no_elementwise_operation_over_the_window():
+    """Key and value gates must be folded: only products, and one concatenation, have its size."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    window, streams, width = 64, 3, 24
+    model = randomise(decoder(attention_layers=[2], window=window)).eval()
+    seen = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            first = out[0] if isinstance(out, (tuple, list)) else out
+            if isinstance(first, torch.Tensor) and first.numel() >= window * streams * width:
+                if not func.is_view:
+                    seen.add(func.overloadpacket.__name__)
+            return out
+
+    with torch.no_grad():
+        for index in range(16):
+            model(torch.randint(29, (streams, 8)), segment=f"test:1:{index}")
+        with Record():
+            model(torch.randint(29, (streams, 8)), segment="test:1:16")
+    allowed = {"cat", "clone", "_to_copy", "_scaled_dot_product_attention_math"}
+    assert "cat" in seen and seen <= allowed, seen
+
+
+def test_dropout_acts_in_training_only():
+    model = randomise(decoder(dropout_hidden=0.5, dropout_embedding=0.2))
+    tokens = torch.randint(29, (3, 20))
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    model.eval()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+def test_embedding_dropout_drops_whole_rows():
+    model = decoder(dropout_embedding=0.5)
+    embedded = model.embed(torch.arange(29).repeat(4, 1))
+    zero = (embedded == 0).all(-1)
+    assert zero.any() and not zero.all()
+    assert (zero == zero[:1]).all()  # the same rows wherever the token stands
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (dict(width=0), "--width"),
+        (dict(window=0), "--window"),
+        (dict(num_layers=0, attention_layers=[]), "--num-layers"),
+        (dict(dropout_hidden=-0.1), "--dropout-hidden"),
+        (dict(dropout_input=1.0), "--dropout-input"),
+        (dict(attention_layers=[4]), "--attention-layers"),
+    ],
+)
+def test_impossible_sizes_are_named(fields, named):
+    with pytest.raises(UserError, match=named):
+        decoder(**fields)
+
+
+def test_plain_value_gate():
+    model = decoder(value_gate="plain")
+    names = [name for name, _ in model.named_parameters() if "value_gate" in name]
+    assert names == ["layers.2.attention.value_gate"]
+    model(torch.randint(29, (2, 5)))[0].sum().backward()
+    assert model.layers[2].attention.value_gate.grad is not None

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fairseq_sha import UserError
+from fairseq_sha.optim.min_trust_lamb import (
+    FairseqMinTrustLAMB,
+    MinTrustLAMB,
+    MinTrustLAMBConfig,
+    min_trust_lamb_reference,
+)
+from tests.conftest import golden_cases
+
+CASES = golden_cases("min_trust_lamb")
+LEARNING_RATE = float(CASES.pop("lr")[""])
+
+
+def settings(case):
+    """Settings of a golden case; an absent one has the default."""
+    return {
+        "lr": LEARNING_RATE,
+        "betas": tuple(case.get("setting/betas", torch.tensor([0.9, 0.999])).double().tolist()),
+        "eps": float(case.get("setting/eps", 1e-6)),
+        "weight_decay": float(case.get("setting/weight_decay", 0.0)),
+        "min_trust": float(case.get("setting/min_trust", 0.0)),
+    }
+
+
+def count(case, prefix):
+    return len({key.split("/")[1] for key in case if key.startswith(prefix)})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_published_code(name):
+    case = CASES[name]
+    params = [torch.nn.Parameter(case[f"start/{i}"].clone()) for i in range(count(case, "start/"))]
+    optimizer = MinTrustLAMB(params, **settings(case))
+    for step in range(count(case, "grad/")):
+        for i, param in enumerate(params):
+            param.grad = case[f"grad/{step}/{i}"].clone()
+        optimizer.step()
+        for i, param in enumerate(params):
+            expected = case[f"after/{step}/{i}"]
+            torch.testing.assert_close(param.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+def random_params(dtype=torch.double):
+    shapes = [(7, 5), (11,), (3, 4, 2), (6,), ()]
+    params = [torch.nn.Parameter(torch.randn(s, dtype=dtype) * 10**i) for i, s in enumerate(shapes)]
+    with torch.no_grad():
+        params[3].zero_()  # no norm to trust
+    return params
+
+
+@pytest.mark.parametrize("min_trust", [0.0, 0.25, 3.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_the_form_written_out(min_trust, weight_decay):
+    params = random_params()
+    options = dict(eps=1e-6, weight_decay=weight_decay, min_trust=min_trust)
+    optimizer = MinTrustLAMB(params, lr=0.1, betas=(0.8, 0.95), **options)
+    expected = [(p.detach().clone(), *2 * [torch.zeros_like(p)]) for p in params]
+    for step in range(4):
+        ratios = []
+        for i, param in enumerate(params):
+            # A gradient of zero leaves an update of zero, whose norm cannot be divided by.
+            param.grad = torch.randn_like(param) * (step > 0 or i != 1)
+            *expected[i], ratio = min_trust_lamb_reference(
+                expected[i][0],
+                param.grad,
+                *expected[i][1:],
+                lr=0.1,
+                beta1=0.8,
+                beta2=0.95,
+                **options,
+            )
+            ratios.append(ratio)
+        optimizer.step()
+        for param, (w, _, _) in zip(params, expected):
+            torch.testing.assert_close(param.detach(), w)
+        torch.testing.assert_close(optimizer.trust_ratios, torch.stack(ratios).double())
+
+
+def test_weight_norm_is_bounded_and_the_ratio_is_not():
+    param = torch.nn.Parameter(torch.full((100,), 100.0))
+    optimizer = MinTrustLAMB([param], lr=0.0, betas=(0.0, 0.0), eps=99.0)
+    param.grad = torch.zeros(100)
+    param.grad[0] = 1.0  # with this epsilon an update of norm 1 / 100
+    optimizer.step()
+    assert optimizer.trust_ratios.tolist() == pytest.approx([10.0 / 0.01])
+
+
+def test_state_survives_saving():
+    def train(optimizer, params, steps):
+        for seed in steps:
+            generator = torch.Generator().manual_seed(seed)
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+            optimizer.step()
+
+    whole = random_params()
+    optimizer = MinTrustLAMB(whole, min_trust=0.25)
+    start = [p.detach().clone() for p in whole]
+    train(optimizer, whole, range(6))
+
+    halves = [torch.nn.Parameter(p.clone()) for p in start]
+    first = MinTrustLAMB(halves, min_trust=0.25)
+    train(first, halves, range(3))
+    second = MinTrustLAMB(halves, min_trust=0.25)
+    second.load_state_dict(first.state_dict())
+    train(second, halves, range(3, 6))
+    for a, b in zip(whole, halves):
+        assert torch.equal(a, b)
+
+
+def config(**fields):
+    cfg = OmegaConf.structured(MinTrustLAMBConfig(**fields))
+    cfg.lr = [0.1]
+    return cfg
+
+
+def test_fp16_with_flat_parameters_is_refused(monkeypatch):
+    """fairseq must not train with one trust ratio for all parameters."""
+    from fairseq.optim.fp16_optimizer import FP16Optimizer
+
+    # Building the flat copy itself needs a GPU.
+    flat = torch.nn.Parameter(torch.ones(4))
+    monkeypatch.setattr(FP16Optimizer, "build_fp32_params", lambda *_, **__: flat)
+    cfg = OmegaConf.create({"optimizer": config(), "common": {"fp16": True}})
+    cfg.optimizer._name = "min_trust_lamb"
+    with pytest.raises(RuntimeError, match="--fp16-no-flatten-grads"):
+        FP16Optimizer.build_optimizer(cfg, [flat])
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (dict(lamb_betas=[0.9]), "--lamb-betas"),
+        (dict(lamb_betas=[0.9, 1.0]), "--lamb-betas"),
+        (dict(min_trust=-1.0), "--min-trust"),
+        (dict(lamb_eps=-1.0), "--lamb-eps"),
+        (dict(weight_decay=float("nan")), "--weight-decay"),
+    ],
+)
+def test_impossible_settings_are_named(fields, named):
+    with pytest.raises(UserError, match=named):
+        FairseqMinTrustLAMB(config(**fields), random_params())
