@@ -19,17 +19,20 @@ class ByteDictionary(Dictionary):
     """
 
     @classmethod
-    def load(cls, f, add_special_symbols=True):
+    def load(cls, f, **options):
         """Load ``dict.txt`` and check that it lists byte values.
 
         Raises:
             UserError: the file is missing, malformed, or holds a symbol that is no byte value.
         """
         try:
-            dictionary = super().load(f, add_special_symbols=add_special_symbols)
+            dictionary = super().load(f, **options)
         except FileNotFoundError:
             raise UserError(f"{f}: no such file; is this a folder made by a script in preprocess/?")
-        except Exception as error:  # fairseq raises bare Exceptions for malformed lines
+        except Exception as error:
+            # What fairseq raises for malformed files, one of them a bare Exception.
+            if type(error) not in (Exception, RuntimeError, ValueError):
+                raise
             first_line = str(error).splitlines()[0] if str(error) else repr(error)
             raise UserError(f"{f}: not a dictionary ({first_line}); preprocess the corpus again")
         for symbol in dictionary.symbols[dictionary.nspecial :]:

@@ -84,7 +84,7 @@ class SHARNNLayer(nn.Module):
             self.attention = SingleHeadAttention(
                 cfg.width,
                 cfg.dropout_hidden,
-                overparameterised=str(cfg.value_gate) == "overparameterised",
+                overparameterised=cfg.value_gate == "overparameterised",
                 collapsed=cfg.collapse,
             )
         self.norm_boom = norm(cfg.width)

@@ -33,10 +33,10 @@ def attend(queries, keys, values, p=0.0):
 def attend_reference(queries, keys, values, p=0.0):
     """:func:`attend`, written out."""
     queries, keys, values = (x.transpose(0, 1) for x in (queries, keys, values))
-    scores = torch.bmm(queries * queries.size(-1) ** -0.5, keys.transpose(1, 2))
-    hidden = ~visible(queries.size(1), keys.size(1), queries.device)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.bmm(dropout(weights, p), values).transpose(0, 1)
+    bias = torch.zeros(queries.size(1), keys.size(1), dtype=queries.dtype, device=queries.device)
+    bias.masked_fill_(~visible(*bias.shape, bias.device), float("-inf"))
+    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=queries.size(-1) ** -0.5)
+    return torch.bmm(dropout(scores.softmax(-1), p), values).transpose(0, 1)
 
 
 def visible(segment, total, device):

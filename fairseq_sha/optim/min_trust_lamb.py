@@ -56,13 +56,17 @@ class MinTrustLAMB(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.trust_ratios = torch.cat([self._step_group(group) for group in self.param_groups])
+        ratios = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            # All at once saves launches on a GPU; on CPU one tensor at a time stays in the cache.
+            on_cpu = all(p.device.type == "cpu" for p in params)
+            batches = [[p] for p in params] if on_cpu else [params]
+            ratios += [self._step(batch, group) for batch in batches]
+        self.trust_ratios = torch.cat(ratios) if ratios else None
         return loss
 
-    def _step_group(self, group):
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return torch.empty(0)
+    def _step(self, params, group):
         for p in params:
             if not self.state[p]:
                 self.state[p]["mean"] = torch.zeros_like(p)
@@ -72,13 +76,14 @@ class MinTrustLAMB(torch.optim.Optimizer):
         squares = [self.state[p]["mean_square"] for p in params]
         beta1, beta2 = group["betas"]
 
-        torch._foreach_mul_(means, beta1)
-        torch._foreach_add_(means, grads, alpha=1 - beta1)
+        torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        scales = torch._foreach_sqrt(squares)
-        torch._foreach_add_(scales, group["eps"])
-        updates = torch._foreach_div(means, scales)
+        # Reciprocal and product, both in place: on CPU a new tensor costs more than a pass.
+        updates = torch._foreach_sqrt(squares)
+        torch._foreach_add_(updates, group["eps"])
+        torch._foreach_reciprocal_(updates)
+        torch._foreach_mul_(updates, means)
         if group["weight_decay"] != 0:
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
 

@@ -1,0 +1,79 @@
+# Each target makes the virtual environment that it needs; see README.md.
+#   make demo            train and evaluate a small SHA-RNN on real Wikipedia bytes, on two CPU cores
+#   make test            lint and all tests
+#   make test-upstream   the same tests with upstream fairseq 0.12.2 on Python 3.8
+#   make bench           optimiser and training step, as ratios
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-upstream has-python38 lint bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+# What a Python 3.8 is called here: one on PATH, or pyenv's.
+PYTHON38 ?= $(shell command -v python3.8 || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.8.*/bin/python 2>/dev/null | tail -n 1)
+VENV38 ?= .venv38
+
+BIN := $(VENV)/bin
+DATA := data-bin/enwiki6
+RUN := runs/demo
+
+demo: $(RUN)/report.md
+	@cat $<
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+	  echo "error: $(PYTHON) is not Python 3.11 or 3.12; name one with 'make PYTHON=...'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[test,plots]'
+	touch $@
+
+# gensim's wheel carries the corpus; nothing of it is run, so it needs no dependencies.
+$(DATA)/dict.txt: | $(VENV)/installed
+	$(BIN)/pip install --no-deps gensim==4.4.0
+	$(BIN)/python preprocess/enwiki6.py --dest $(DATA)
+
+# fairseq-train goes on from its last checkpoint if it was interrupted.
+$(RUN)/trained: | $(DATA)/dict.txt
+	mkdir -p $(RUN)
+	$(BIN)/fairseq-train $(DATA) --user-dir fairseq_sha $(DEMO_OPTIONS) \
+	  --save-dir $(RUN)/checkpoints --tensorboard-logdir $(RUN)/tensorboard
+	touch $@
+
+$(RUN)/test.log: $(RUN)/trained
+	$(BIN)/fairseq-eval-lm $(DATA) --user-dir fairseq_sha --task byte_language_modeling --cpu \
+	  --path $(RUN)/checkpoints/checkpoint_last.pt --gen-subset test \
+	  --batch-size 8 --tokens-per-sample 256 2>&1 | tee $@
+
+$(RUN)/report.md: $(RUN)/test.log
+	$(BIN)/python examples/enwiki6/report.py --data $(DATA) --run $(RUN)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint $(DATA)/dict.txt
+	$(BIN)/python -m pytest tests
+
+$(VENV38)/installed: setup.cfg pyproject.toml constraints-upstream.txt
+	@test -n "$(PYTHON38)" || { \
+	  echo "error: no Python 3.8 on PATH or in pyenv; name one with 'make test-upstream PYTHON38=...'" >&2; \
+	  exit 1; }
+	$(PYTHON38) -m venv $(VENV38)
+	$(VENV38)/bin/pip install --constraint constraints-upstream.txt --editable '.[test]'
+	touch $@
+
+has-python38:
+	@test -n "$(PYTHON38)"
+
+test-upstream: $(VENV38)/installed
+	$(VENV38)/bin/python -m pytest tests
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/train_step.py
+
+clean:
+	rm -rf $(VENV) $(VENV38) data-bin runs checkpoints
