@@ -20,7 +20,7 @@ TEST_BYTES = 833
 TRAINING = """
     --arch sha_rnn_small --width 16 --num-layers 2 --attention-layers 1 --window 60
     --tokens-per-sample 40 --random-segment-lengths --batch-size 4
-    --optimizer min_trust_lamb --min-trust 0.25 --lr 0.02 --warmup-updates 5 --clip-norm 0.25
+    --optimizer min_trust_lamb --min-trust 0.25 --lr 0.01 --warmup-updates 5 --clip-norm 0.25
     --criterion cross_entropy --log-interval 1 --log-format simple --cpu
     --validate-interval-updates 7 --save-interval-updates 7 --no-epoch-checkpoints
 """
@@ -84,7 +84,7 @@ def test_training_learns_and_logs_bits_per_byte(whole_run):
     bits = [float(value) for value in re.findall(r"train_inner.*?bpc=([0-9.]+)", output)]
     assert len(bits) == 52 and bits[0] == pytest.approx(4, abs=1) and bits[-1] < 3
     valid = re.findall(r"valid on 'valid' subset \| loss (\S+) .*?bpc (\S+)", output)
-    assert len(valid) == 8  # every 7 updates, and at the end
+    assert len(valid) == 9  # every 7 updates, after the epoch, and at the end
     for loss, bpc in valid:
         assert float(loss) == pytest.approx(float(bpc), abs=6e-4)
     assert "trust_min=0.25" in output and "trust_at_bound=" in output
@@ -182,7 +182,7 @@ optimizer: {{_name: min_trust_lamb, min_trust: 0.25}}
 lr_scheduler: {{_name: fixed, warmup_updates: 5}}
 criterion: {{_name: cross_entropy}}
 dataset: {{batch_size: 4, num_workers: 0, validate_interval_updates: 7}}
-optimization: {{lr: [0.02], max_update: 9, clip_norm: 0.25}}
+optimization: {{lr: [0.01], max_update: 9, clip_norm: 0.25}}
 checkpoint: {{save_dir: {tmp_path}/checkpoints, save_interval_updates: 7}}
 """
     )

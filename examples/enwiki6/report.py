@@ -8,6 +8,7 @@ fairseq-eval-lm on the test split. Writes ``learning_curve.png`` and ``report.md
 
 import argparse
 import bz2
+import logging
 import lzma
 import os
 import re
@@ -36,6 +37,7 @@ def main():
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
     args = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq makes all packages talkative
 
     dictionary = ByteDictionary.load(os.path.join(args.data, "dict.txt"))
     train, test = (Corpus(os.path.join(args.data, split)) for split in ("train", "test"))

@@ -20,8 +20,9 @@ def attend(queries, keys, values, p=0.0):
     Returns:
         Tensor ``[T, B, H]``
     """
-    if p > 0 and queries.device.type == "cpu":
-        return attend_reference(queries, keys, values, p)  # torch's would draw on one thread
+    if torch.is_grad_enabled() and queries.device.type == "cpu":
+        # Faster than torch's fused form, whose dropout draws on one thread.
+        return attend_reference(queries, keys, values, p)
     mixed = F.scaled_dot_product_attention(
         *(x.transpose(0, 1).unsqueeze(1) for x in (queries, keys, values)),
         attn_mask=visible(len(queries), len(keys), queries.device),

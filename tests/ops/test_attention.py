@@ -35,6 +35,12 @@ def test_equals_the_definition_in_value_and_gradient(form, memory):
     )
 
 
+def test_forms_agree_without_gradient():
+    inputs = [tensor.float() for tensor in tensors(memory=9)]
+    with torch.no_grad():
+        torch.testing.assert_close(attend(*inputs), attend_reference(*inputs))
+
+
 def test_dropout_is_not_renormalised():
     queries, keys, values = tensors(memory=20)
     mean = torch.stack([attend(queries, keys, values, p=0.3) for _ in range(4000)]).mean(0)
