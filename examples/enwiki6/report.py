@@ -15,16 +15,13 @@ import re
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fairseq_sha import UserError
 from fairseq_sha.data import ByteDictionary, Corpus
 from fairseq_sha.models.sha_rnn import SHARNN
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend without a display
 
 PROMPT = "'''London''' is "
 PASSAGE = 600  # bytes
@@ -98,7 +95,8 @@ def read_curves(folder):
 
 
 def draw(curves, score, path):
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
     axes.plot(*zip(*curves["train_inner"]), label="train", linewidth=1)
     axes.plot(*zip(*curves["valid"]), "o-", label="valid")
     axes.axhline(score, linestyle=":", color="black", label=f"test: {score:.3f}")

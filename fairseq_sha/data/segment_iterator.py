@@ -38,10 +38,12 @@ class SegmentIterator(EpochBatchIterator):
         return batch
 
     def state_dict(self):
+        # One of several workers has the state of its own streams only: that is left out.
+        all_streams = self.dataset.batch_size == self.dataset.num_streams
         return {
             **super().state_dict(),
             "segmentation": self.dataset.segmentation(),
-            "carried": self.carried.training_state() if self.carried is not None else None,
+            "carried": self.carried.training_state() if self.carried and all_streams else None,
         }
 
     def load_state_dict(self, state_dict):
@@ -60,6 +62,8 @@ class SegmentIterator(EpochBatchIterator):
         super().load_state_dict(state_dict)
         carried = state_dict.get("carried")
         if carried is not None and self.carried is not None:
-            self.carried.restore(carried, self.like)
+            first = self.dataset.first_stream
+            streams = slice(first, first + self.dataset.batch_size)
+            self.carried.restore(carried, streams, self.like)
         elif state_dict.get("iterations_in_epoch", 0) > 0:
             logger.warning("the checkpoint holds no carried state; going on from nothing")

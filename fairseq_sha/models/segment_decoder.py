@@ -195,8 +195,9 @@ class CarriedState:
                 return {"segment": str(kept.segment), "state": state}
         return None
 
-    def restore(self, saved, like):
-        """Put back what :meth:`training_state` gave, on the device and in the type of ``like``."""
+    def restore(self, saved, streams, like):
+        """Put back the given streams (a slice) of what :meth:`training_state` gave, on the device
+        and in the type of ``like``."""
         segment = SegmentId.parse(saved["segment"])
-        state = [{k: v.to(like) for k, v in layer.items()} for layer in saved["state"]]
+        state = [{k: v[:, streams].to(like) for k, v in layer.items()} for layer in saved["state"]]
         self._kept[segment.split, True] = _Kept(segment, None, state)

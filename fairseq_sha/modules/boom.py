@@ -27,6 +27,5 @@ class Boom(nn.Module):
         """``[T, B, H] -> [T, B, H]``"""
         # gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702: one pass over the wide layer.
         weight, bias = GELU_SLOPE * self.linear.weight, GELU_SLOPE * self.linear.bias
-        x = F.silu(F.linear(x, weight, bias))
-        x = dropout(x, self.p, self.training)
-        return x.unflatten(-1, (-1, self.width)).sum(-2) / GELU_SLOPE
+        chunks = F.linear(x, weight, bias).unflatten(-1, (-1, self.width))
+        return dropout(F.silu(chunks), self.p, self.training).sum(-2) / GELU_SLOPE

@@ -95,8 +95,17 @@ def test_state_can_be_saved_and_restored(decoder):
     expected = feed(decoder, "train:3:1")
     other = SegmentDecoder(dictionary_of(16), [Summing()], width=4)
     other.load_state_dict(decoder.state_dict())
-    other.carried.restore(saved, other.output_bias)
+    other.carried.restore(saved, slice(None), other.output_bias)
     torch.testing.assert_close(feed(other, "train:3:1"), expected)
     for layer in saved["state"]:
         for tensor in layer.values():
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_a_worker_restores_its_own_streams(decoder):
+    tokens = torch.randint(16, (2, 3))
+    decoder(tokens, segment="train:1:0")
+    saved = decoder.carried.training_state()
+    expected = decoder(tokens, segment="train:1:1")[0]
+    decoder.carried.restore(saved, slice(1, 2), decoder.output_bias)
+    torch.testing.assert_close(decoder(tokens[1:], segment="train:1:1")[0], expected[1:])
