@@ -11,8 +11,9 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-# What a Python 3.8 is called here: one on PATH, or pyenv's.
-PYTHON38 ?= $(shell command -v python3.8 || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.8.*/bin/python 2>/dev/null | tail -n 1)
+# The first Python 3.8 that runs: pyenv puts a python3.8 on PATH that may not.
+PYTHON38 ?= $(shell for python in python3.8 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.8.*/bin/python; do \
+  if "$$python" -c "" 2>/dev/null; then echo "$$python"; break; fi; done)
 VENV38 ?= .venv38
 
 BIN := $(VENV)/bin
