@@ -4,9 +4,14 @@ A fairseq plug-in: ``--user-dir fairseq_sha`` (or ``import fairseq_sha``) regist
 models and optimiser.
 """
 
+import os
+
 from fairseq_sha import models, optim, tasks  # noqa: F401
 from fairseq_sha.errors import UserError, show_user_errors_in_one_line
 
 __all__ = ["UserError"]
 
 show_user_errors_in_one_line()
+
+# Below 2.6 torch runs whatever code a checkpoint holds, unless told not to.
+os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")

@@ -12,6 +12,7 @@ def show_user_errors_in_one_line():
 
     fairseq's commands let exceptions reach the interpreter, so this is the one place where the
     traceback, which would bury the message, can be left out. Everything else is reported as before.
+    (In fairseq-hydra-train Hydra reports errors itself, the message last.)
     """
     report = sys.excepthook
 

@@ -1,6 +1,7 @@
 """What users type, on a tiny corpus: train, resume, validate, evaluate, generate."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -94,6 +95,24 @@ def test_training_learns_and_logs_bits_per_byte(whole_run):
 def test_checkpoints_load_safely(whole_run):
     for path in whole_run[0].glob("*.pt"):
         assert "model" in torch.load(path, weights_only=True)
+
+
+class RunsCode:
+    """What a malicious checkpoint can hold."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path):
+    trace = tmp_path / "ran"
+    torch.save({"model": RunsCode(str(trace))}, tmp_path / "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint.pt"))
+    assert not trace.exists()
 
 
 def test_resumed_run_repeats_the_uninterrupted_one(data, whole_run, tmp_path):
@@ -263,9 +282,16 @@ def test_generation_scores_equal_the_segment_pass(data, whole_run):
     torch.testing.assert_close(generated, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_prompt_longer_than_the_text_is_refused(data, whole_run):
+    model = SHARNN.from_pretrained(str(whole_run[0]), "checkpoint_last.pt", data)
+    with pytest.raises(UserError, match="a prompt of 30 tokens"):
+        model.sample("abc" * 10, max_len_b=20)
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
+        ("fairseq-generate", "--path {path} --cpu --batch-size 2", "fairseq-generate would take"),
         ("fairseq-train", "--arch sha_rnn_small --cpu --max-tokens 500", "--batch-size is missing"),
         (
             "fairseq-eval-lm",

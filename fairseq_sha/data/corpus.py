@@ -10,7 +10,7 @@ from fairseq_sha.errors import UserError
 
 
 class Corpus(FairseqDataset):
-    """A split: ``num_tokens`` token ids, hence ``num_tokens - 1`` predictions, memory-mapped.
+    """A split: ``total_tokens`` token ids, hence ``total_tokens - 1`` predictions, memory-mapped.
 
     It has the length of its predictions, since that is what is trained on and scored.
 
@@ -30,13 +30,13 @@ class Corpus(FairseqDataset):
             if not os.path.isfile(path):
                 raise UserError(f"{path}: no such file; preprocess the corpus, or name its folder")
         index = _open_index(index_path)
-        self.dtype, self.num_tokens = np.dtype(index.dtype), int(index.sizes.sum(dtype="int64"))
-        if os.path.getsize(self.path) != self.num_tokens * self.dtype.itemsize:
+        self.dtype, self.total_tokens = np.dtype(index.dtype), int(index.sizes.sum(dtype="int64"))
+        if os.path.getsize(self.path) != self.total_tokens * self.dtype.itemsize:
             raise UserError(
                 f"{self.path}: its size differs from what {index_path} says; "
                 "preprocess the corpus again"
             )
-        if self.num_tokens < 2:
+        if self.total_tokens < 2:
             raise UserError(f"{self.path}: fewer than two tokens, so there is nothing to predict")
         self._tokens = None
 
@@ -51,7 +51,7 @@ class Corpus(FairseqDataset):
         return {**self.__dict__, "_tokens": None}
 
     def __len__(self):
-        return self.num_tokens - 1
+        return self.total_tokens - 1
 
 
 def _open_index(path):

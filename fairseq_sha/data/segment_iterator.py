@@ -40,10 +40,11 @@ class SegmentIterator(EpochBatchIterator):
     def state_dict(self):
         # One of several workers has the state of its own streams only: that is left out.
         all_streams = self.dataset.batch_size == self.dataset.num_streams
+        needed = self.carried is not None and all_streams and not self.end_of_epoch()
         return {
             **super().state_dict(),
             "segmentation": self.dataset.segmentation(),
-            "carried": self.carried.training_state() if self.carried and all_streams else None,
+            "carried": self.carried.training_state() if needed else None,
         }
 
     def load_state_dict(self, state_dict):

@@ -75,9 +75,9 @@ class SegmentDataset(FairseqDataset):
         tokens_per_sample (int): segment length in tokens
         random_lengths (bool): draw segment lengths at random, from seed and epoch alone
         seed (int): for random lengths
-        num_workers (int): workers that share the corpus; there are ``batch_size * num_workers``
+        num_shards (int): workers that share the corpus; there are ``batch_size * num_shards``
             streams in all
-        worker (int): which of them this is
+        shard (int): which of them this is
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class SegmentDataset(FairseqDataset):
         tokens_per_sample,
         random_lengths=False,
         seed=1,
-        num_workers=1,
-        worker=0,
+        num_shards=1,
+        shard=0,
     ):
         super().__init__()
         self.corpus = corpus
@@ -102,13 +102,13 @@ class SegmentDataset(FairseqDataset):
         self.tokens_per_sample = tokens_per_sample
         self.random_lengths = random_lengths
         self.seed = seed
-        self.num_streams = batch_size * num_workers
+        self.num_streams = batch_size * num_shards
         bounds = stream_bounds(len(corpus), self.num_streams)
         rng = np.random.RandomState([seed, epoch]) if random_lengths else None
         # All workers cut by the longest stream of all, so that all have as many segments.
         lengths = segment_lengths(int(bounds[1]), tokens_per_sample, rng)
         self.offsets = np.append(0, lengths.cumsum())
-        self.first_stream = worker * batch_size
+        self.first_stream = shard * batch_size
         self.bounds = bounds[self.first_stream : self.first_stream + batch_size + 1]
 
     def __len__(self):
@@ -117,7 +117,7 @@ class SegmentDataset(FairseqDataset):
     def segmentation(self):
         """Everything that a position in the epoch depends on."""
         return {
-            "corpus length": self.corpus.num_tokens,
+            "corpus length": self.corpus.total_tokens,
             "number of streams": self.num_streams,
             "segment length": self.tokens_per_sample,
             "choice of random segment lengths": self.random_lengths,

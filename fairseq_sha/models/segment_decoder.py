@@ -94,6 +94,10 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             features, _ = self.read(tokens, None)
         return features.transpose(0, 1), None
 
+    def set_num_updates(self, num_updates):
+        """fairseq's hook before each batch that is trained on."""
+        self.carried.begin_update(num_updates)
+
     def read(self, tokens, state):
         """Run a segment: tokens ``[T, B]`` and state to features ``[T, B, H]`` and new state."""
         h = self.embed(tokens)
@@ -153,12 +157,20 @@ class CarriedState:
 
     Each split keeps the state that its latest segment left and the one that it started from. A
     segment starts from what its predecessor left; fed again (after an overflow or out of memory),
-    from where it started the first time; any other starts from nothing. Training state survives
-    evaluation; what evaluation left is forgotten at the next segment of another split.
+    from where it started the first time, as does the first of the segments that make up an update;
+    any other starts from nothing. Training state survives evaluation; what evaluation left is
+    forgotten at the next segment of another split.
     """
 
     def __init__(self):
         self._kept = {}  # (split, whether it is trained on) -> _Kept
+        self._update = None
+        self._first_of_update = None  # _Kept: where all the update's segments can be fed again
+
+    def begin_update(self, number):
+        """Tell that the segments to come are for this update: a new one, or the same again."""
+        if number != self._update:
+            self._update, self._first_of_update = number, None
 
     def before(self, segment, training):
         """The state that a segment starts from, or None for a start from nothing.
@@ -168,6 +180,9 @@ class CarriedState:
             training (bool): whether it is trained on, not evaluated
         """
         segment = SegmentId.parse(segment)
+        first = self._first_of_update
+        if training and first is not None and segment == first.segment:
+            return first.before
         kept = self._kept.get((segment.split, training))
         if kept is None or segment.index == 0:
             return None
@@ -185,13 +200,17 @@ class CarriedState:
             (split, trained): kept for (split, trained), kept in self._kept.items() if trained
         }
         self._kept[segment.split, training] = _Kept(segment, before, after)
+        if training and self._first_of_update is None:
+            self._first_of_update = self._kept[segment.split, training]
 
     def training_state(self):
         """For checkpoints: ``{"segment": str, "state": list}`` on the CPU; None before training."""
         for (_, trained), kept in self._kept.items():
             if trained:
                 # Saving a view would save the whole storage behind it.
-                state = [{k: v.cpu().clone() for k, v in layer.items()} for layer in kept.after]
+                state = [
+                    {k: v.to("cpu", copy=True) for k, v in layer.items()} for layer in kept.after
+                ]
                 return {"segment": str(kept.segment), "state": state}
         return None
 

@@ -23,6 +23,11 @@ def attend(queries, keys, values, p=0.0):
     if torch.is_grad_enabled() and queries.device.type == "cpu":
         # Faster than torch's fused form, whose dropout draws on one thread.
         return attend_reference(queries, keys, values, p)
+    return attend_fused(queries, keys, values, p)
+
+
+def attend_fused(queries, keys, values, p=0.0):
+    """:func:`attend`, by torch's fused attention, which on a GPU holds no ``[B, T, M + T]``."""
     mixed = F.scaled_dot_product_attention(
         *(x.transpose(0, 1).unsqueeze(1) for x in (queries, keys, values)),
         attn_mask=visible(len(queries), len(keys), queries.device),

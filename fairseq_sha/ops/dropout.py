@@ -13,7 +13,7 @@ def dropout(x, p, training=True):
     On a GPU this is torch's dropout. On CPU torch draws one number per element on one thread, which
     can take a quarter of a training step, so there numpy's fastest generator, seeded from torch's,
     draws 64 bits for every four elements: the probability is rounded to a multiple of 2^-16, and
-    the scale is exact for the rounded one.
+    the scale is the rounded one's, as exact as the type of ``x`` allows.
 
     Args:
         x (Tensor): any shape

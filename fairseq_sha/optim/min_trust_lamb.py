@@ -144,7 +144,6 @@ class FairseqMinTrustLAMB(FairseqOptimizer):
 
     @property
     def optimizer_config(self):
-        """What a resumed run takes from its command line, not from the checkpoint."""
         return {
             "lr": self.cfg.lr[0],
             "betas": tuple(self.cfg.lamb_betas),
@@ -159,9 +158,15 @@ class FairseqMinTrustLAMB(FairseqOptimizer):
         fairseq refuses ``--fp16`` then, and names ``--fp16-no-flatten-grads``."""
         return False
 
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        """A resumed run takes its settings from its own options, not from the checkpoint."""
+        super().load_state_dict(
+            state_dict, {**self.optimizer_config, **(optimizer_overrides or {})}
+        )
+
     def step(self, closure=None, scale=1.0, groups=None):
         super().step(closure, scale, groups)
-        if self.cfg.log_trust_ratios:
+        if self.cfg.log_trust_ratios and self.optimizer.trust_ratios is not None:
             ratios = self.optimizer.trust_ratios.float()
             at_bound = (ratios <= self.cfg.min_trust).float().mean() * 100
             for name, value in (

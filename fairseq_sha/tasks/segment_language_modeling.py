@@ -126,8 +126,8 @@ class SegmentLanguageModelingTask(FairseqTask):
             tokens_per_sample=self.cfg.tokens_per_sample,
             random_lengths=training and self.cfg.random_segment_lengths,
             seed=self.cfg.seed,
-            num_workers=num_shards,
-            worker=shard_id,
+            num_shards=num_shards,
+            shard=shard_id,
         )
         decoder = self.model.decoder if training and self.model is not None else None
         return SegmentIterator(
@@ -214,11 +214,21 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise UserError("--constraints is not supported; leave it out")
         if not isinstance(generator, SequenceGenerator):
             return generator.generate(models, sample)
+        if "segment" in sample["net_input"]:
+            raise UserError(
+                "fairseq-generate would take segments of the corpus for prompts; give prompts to "
+                "fairseq-interactive instead"
+            )
         inputs = sample["net_input"]["src_tokens"]
         # No hypothesis ends before the maximum length, which fairseq derives from the prompt's.
         generator.min_len = int(generator.max_len_a * inputs.size(1) + generator.max_len_b)
         if prefix_tokens is None:
             prefix_tokens = inputs[:, 1:]
+        if prefix_tokens.size(1) > generator.min_len:
+            raise UserError(
+                f"a prompt of {prefix_tokens.size(1)} tokens is longer than the maximum length, "
+                f"{generator.min_len}, of prompt and continuation; raise --max-len-b"
+            )
         return generator.generate(
             models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos()
         )

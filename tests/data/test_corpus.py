@@ -13,7 +13,7 @@ def test_reads_all_items_as_one_array(tmp_path):
     corpus = Corpus(write_split(data, tmp_path))
     dictionary = ByteDictionary.load(str(tmp_path / "dict.txt"))
     assert dictionary.decode(corpus.tokens) == data
-    assert corpus.num_tokens == len(data) and len(corpus) == len(data) - 1
+    assert corpus.total_tokens == len(data) and len(corpus) == len(data) - 1
     assert isinstance(corpus.tokens, np.memmap)
 
 

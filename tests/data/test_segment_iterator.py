@@ -25,7 +25,7 @@ def corpus(tmp_path_factory):
     return Corpus(write_split(text(1000), tmp_path_factory.mktemp("data")))
 
 
-def iterator(corpus, batch_size=4, tokens_per_sample=20, num_workers=1, worker=0):
+def iterator(corpus, batch_size=4, tokens_per_sample=20, num_shards=1, shard=0):
     dataset = SegmentDataset(
         corpus,
         "train",
@@ -33,8 +33,8 @@ def iterator(corpus, batch_size=4, tokens_per_sample=20, num_workers=1, worker=0
         pad=1,
         batch_size=batch_size,
         tokens_per_sample=tokens_per_sample,
-        num_workers=num_workers,
-        worker=worker,
+        num_shards=num_shards,
+        shard=shard,
     )
     return SegmentIterator(dataset, carried=Carried())
 
@@ -64,13 +64,13 @@ def test_goes_on_where_it_stopped(corpus):
 
 
 def test_state_of_one_process_serves_several(corpus):
-    resumed = iterator(corpus, batch_size=2, num_workers=2, worker=1)
+    resumed = iterator(corpus, batch_size=2, num_shards=2, shard=1)
     resumed.load_state_dict(state_after(iterator(corpus), 3))
     assert resumed.carried.restored == ("train:1:2", slice(2, 4))
 
 
 def test_one_of_several_workers_saves_no_state(corpus, caplog):
-    saved = state_after(iterator(corpus, batch_size=2, num_workers=2), 3)
+    saved = state_after(iterator(corpus, batch_size=2, num_shards=2), 3)
     assert saved["carried"] is None
     resumed = iterator(corpus)
     with caplog.at_level(logging.WARNING):

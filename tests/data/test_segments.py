@@ -16,17 +16,17 @@ class FakeCorpus:
     """Token ``i`` is ``i + 10``, so that each says where it stands."""
 
     def __init__(self, num_tokens):
-        self.num_tokens = num_tokens
+        self.total_tokens = num_tokens
         self.tokens = np.arange(10, num_tokens + 10)
 
     def __len__(self):
-        return self.num_tokens - 1
+        return self.total_tokens - 1
 
 
 sizes = {
     "num_tokens": st.integers(2, 300),
     "batch_size": st.integers(1, 9),
-    "num_workers": st.integers(1, 3),
+    "num_shards": st.integers(1, 3),
     "tokens_per_sample": st.integers(1, 70),
     "random_lengths": st.booleans(),
     "seed": st.integers(0, 5),
@@ -34,18 +34,18 @@ sizes = {
 }
 
 
-def workers(num_tokens, num_workers, epoch, **options):
+def workers(num_tokens, num_shards, epoch, **options):
     return [
         SegmentDataset(
             FakeCorpus(num_tokens),
             "train",
             epoch,
             PAD,
-            num_workers=num_workers,
-            worker=worker,
+            num_shards=num_shards,
+            shard=shard,
             **options,
         )
-        for worker in range(num_workers)
+        for shard in range(num_shards)
     ]
 
 
@@ -83,8 +83,8 @@ def test_a_stream_reads_on_where_it_stopped(**options):
 
 def test_streams_are_the_same_on_any_number_of_workers():
     options = dict(num_tokens=101, tokens_per_sample=7, random_lengths=True, seed=1, epoch=2)
-    (whole,) = workers(num_workers=1, batch_size=4, **options)
-    halves = workers(num_workers=2, batch_size=2, **options)
+    (whole,) = workers(num_shards=1, batch_size=4, **options)
+    halves = workers(num_shards=2, batch_size=2, **options)
     for index in range(len(whole)):
         targets = np.concatenate([half[index]["target"] for half in halves])
         assert (whole[index]["target"].numpy() == targets).all()
@@ -121,7 +121,7 @@ def test_random_segment_lengths_follow_the_published_distribution():
 def test_random_segment_lengths_depend_on_seed_and_epoch_alone():
     def lengths(seed, epoch):
         options = dict(num_tokens=3000, batch_size=2, tokens_per_sample=50, random_lengths=True)
-        (dataset,) = workers(num_workers=1, seed=seed, epoch=epoch, **options)
+        (dataset,) = workers(num_shards=1, seed=seed, epoch=epoch, **options)
         return np.diff(dataset.offsets).tolist()
 
     assert lengths(1, 1) == lengths(1, 1)

@@ -109,3 +109,18 @@ def test_a_worker_restores_its_own_streams(decoder):
     expected = decoder(tokens, segment="train:1:1")[0]
     decoder.carried.restore(saved, slice(1, 2), decoder.output_bias)
     torch.testing.assert_close(decoder(tokens[1:], segment="train:1:1")[0], expected[1:])
+
+
+def test_all_segments_of_an_update_can_be_fed_again(decoder):
+    """Gradient accumulation under mixed precision: after an overflow fairseq feeds all of them."""
+    decoder.set_num_updates(0)
+    feed(decoder, "train:1:0")
+    decoder.set_num_updates(1)
+    first = [feed(decoder, f"train:1:{i}") for i in (1, 2, 3)]
+    decoder.set_num_updates(1)
+    again = [feed(decoder, f"train:1:{i}") for i in (1, 2, 3)]
+    for a, b in zip(first, again):
+        assert not started_from_nothing(a) and torch.equal(a, b)
+    decoder.set_num_updates(2)
+    assert not started_from_nothing(feed(decoder, "train:1:4"))
+    assert started_from_nothing(feed(decoder, "train:1:1"))

@@ -219,6 +219,44 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 
 
+def test_dropout_falls_where_the_paper_has_it(monkeypatch):
+    """Which tensors are dropped, and with which probability, in the order of computation."""
+    length, streams, width, memory = 5, 2, 24, 9
+    seen = []
+
+    def record(x, p, training=True):
+        if training and p > 0:
+            seen.append((tuple(x.shape), p))
+        return x
+
+    for module in ("models.sha_rnn", "models.segment_decoder", "modules.boom", "ops.attention"):
+        monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
+    monkeypatch.setattr("fairseq_sha.modules.single_head_attention.dropout", record)
+
+    narrow, rows = (length, streams, width), (memory + length, streams, width)
+    boom = [((length, streams, 4, width), 0.2), (narrow, 0.2)]
+    plain = [(narrow, 0.2), *boom]  # the LSTM's output, boom's wide layer, boom's output
+    attending = [(narrow, 0.2), (narrow, 0.2), (rows, 0.2)]  # LSTM's output, queries, values
+    attending += [((streams, length, memory + length), 0.2), (narrow, 0.2), *boom]
+    expected = [(narrow, 0.1), *plain, *attending, (narrow, 0.3)]
+
+    model = decoder(
+        num_layers=2,
+        attention_layers=[1],
+        dropout_input=0.1,
+        dropout_hidden=0.2,
+        dropout_output=0.3,
+    )
+    model(torch.randint(29, (streams, memory)), segment="train:1:0")
+    seen.clear()
+    tokens = torch.randint(29, (streams, length))
+    model(tokens, segment="train:1:1")
+    assert seen == expected
+    seen.clear()
+    model.eval()(tokens)
+    assert seen == []
+
+
 def test_embedding_dropout_drops_whole_rows():
     model = decoder(dropout_embedding=0.5)
     embedded = model.embed(torch.arange(29).repeat(4, 1))

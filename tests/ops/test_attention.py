@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fairseq_sha.ops import attend, attend_reference
+from fairseq_sha.ops.attention import attend_fused
 
 
 def by_hand(queries, keys, values):
@@ -23,7 +24,7 @@ def tensors(memory, length=5, streams=3, width=8):
 
 
 @pytest.mark.parametrize("memory", [0, 1, 9])
-@pytest.mark.parametrize("form", [attend, attend_reference])
+@pytest.mark.parametrize("form", [attend, attend_fused, attend_reference])
 def test_equals_the_definition_in_value_and_gradient(form, memory):
     inputs = tensors(memory)
     expected, actual = by_hand(*inputs), form(*inputs)

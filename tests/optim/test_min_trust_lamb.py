@@ -144,3 +144,12 @@ def test_fp16_with_flat_parameters_is_refused(monkeypatch):
 def test_impossible_settings_are_named(fields, named):
     with pytest.raises(UserError, match=named):
         FairseqMinTrustLAMB(config(**fields), random_params())
+
+
+def test_resumed_run_follows_its_own_options():
+    params = random_params()
+    saved = FairseqMinTrustLAMB(config(min_trust=0.5, weight_decay=0.1), params).state_dict()
+    resumed = FairseqMinTrustLAMB(config(min_trust=0.25), params)
+    resumed.load_state_dict(saved)
+    (group,) = resumed.param_groups
+    assert group["min_trust"] == 0.25 and group["weight_decay"] == 0
