@@ -27,7 +27,7 @@ def attend(queries, keys, values, p=0.0):
 
 
 def attend_fused(queries, keys, values, p=0.0):
-    """:func:`attend`, by torch's fused attention, which on a GPU holds no ``[B, T, M + T]``."""
+    """:func:`attend`, by torch's scaled dot product attention."""
     mixed = F.scaled_dot_product_attention(
         *(x.transpose(0, 1).unsqueeze(1) for x in (queries, keys, values)),
         attn_mask=visible(len(queries), len(keys), queries.device),
