@@ -1,12 +1,12 @@
 """fairseq-sha: language models that carry state from one segment of text to the next.
 
 A fairseq plug-in: ``--user-dir fairseq_sha`` (or ``import fairseq_sha``) registers its task,
-models and optimiser.
+models, optimisers and criterion.
 """
 
 import os
 
-from fairseq_sha import models, optim, tasks  # noqa: F401
+from fairseq_sha import criterions, models, optim, tasks  # noqa: F401
 from fairseq_sha.errors import UserError, show_user_errors_in_one_line
 
 __all__ = ["UserError"]

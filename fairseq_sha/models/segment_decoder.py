@@ -16,13 +16,16 @@ from fairseq_sha.ops import dropout
 
 
 class SegmentDecoder(FairseqIncrementalDecoder):
-    """Embeds tokens, runs the layers, and projects to the vocabulary, with tied embeddings.
+    """Embeds tokens, runs the layers, and projects to the vocabulary.
 
     Args:
         dictionary (~fairseq.data.Dictionary): the vocabulary, of size ``V``
         layers (list of nn.Module): each takes ``h [T, B, H]`` and its state, a dict that is empty
-            at a start, and returns the new ``h`` and the state that it leaves
+            at a start (and what :meth:`shared_by_layers` gives), and returns the new ``h`` and the
+            state that it leaves
         width (int): ``H``
+        tied (bool): whether the output has the embedding's weights, or its own
+        embedding_scale (float): factor on the embedded tokens
         dropout_embedding (float): on whole rows of the embedding matrix
         dropout_input (float): on the embedded tokens
         dropout_output (float): on the last layer's output
@@ -33,6 +36,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         dictionary,
         layers,
         width,
+        tied=True,
+        embedding_scale=1.0,
         dropout_embedding=0.0,
         dropout_input=0.0,
         dropout_output=0.0,
@@ -40,7 +45,13 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         super().__init__(dictionary)
         self.embedding = nn.Embedding(len(dictionary), width)
         self.layers = nn.ModuleList(layers)
-        self.output_bias = nn.Parameter(torch.zeros(len(dictionary)))
+        if tied:
+            self.output_weight = None
+            self.output_bias = nn.Parameter(torch.zeros(len(dictionary)))
+        else:
+            output = nn.Linear(width, len(dictionary))
+            self.output_weight, self.output_bias = output.weight, output.bias
+        self.embedding_scale = embedding_scale
         self.dropout_embedding = dropout_embedding
         self.dropout_input = dropout_input
         self.dropout_output = dropout_output
@@ -64,8 +75,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
                 decoder starts from nothing and leaves nothing
 
         Returns:
-            logits ``[B, T, V]`` (of the last token only, when generating), and None for what else
-            fairseq models return
+            logits ``[B, T, V]`` (of the last token only, when generating), and what criterions
+            may want besides: :meth:`extra` in training, else None
         """
         features, extra = self.extract_features(
             prev_output_tokens, incremental_state=incremental_state, segment=segment
@@ -92,7 +103,21 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             self.carried.keep(segment, self.training, before, after)
         else:
             features, _ = self.read(tokens, None)
-        return features.transpose(0, 1), None
+        return features.transpose(0, 1), self.extra() if self.training else None
+
+    #: Whether training needs a criterion that adds the auxiliary losses of :meth:`extra`.
+    has_auxiliary_losses = False
+
+    def extra(self):
+        """What a model's training needs besides logits, or None: a dict of
+        ``auxiliary_losses``, Tensors ``[]`` by name, in nats per prediction, and ``statistics``,
+        Tensors ``[]`` by name, without gradient, to be logged."""
+        return None
+
+    def bounded_parameters(self):
+        """Parameters that must stay within bounds: a list of ``(parameter, low, high)``. The task
+        clamps them after each update."""
+        return []
 
     def set_num_updates(self, num_updates):
         """fairseq's hook before each batch that is trained on."""
@@ -101,22 +126,32 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     def read(self, tokens, state):
         """Run a segment: tokens ``[T, B]`` and state to features ``[T, B, H]`` and new state."""
         h = self.embed(tokens)
+        state = state or [{}] * len(self.layers)
+        shared = self.shared_by_layers(h, state)
         left = []
-        for layer, before in zip(self.layers, state or [{}] * len(self.layers)):
-            h, after = layer(h, before)
+        for layer, before in zip(self.layers, state):
+            h, after = layer(h, before, *shared)
             left.append(after)
         return dropout(h, self.dropout_output, self.training), left
 
+    def shared_by_layers(self, h, state):
+        """What all layers are given after ``h`` and their state: a tuple."""
+        return ()
+
     def embed(self, tokens):
+        """Tokens ``[T, B]`` to ``h [T, B, H]`` for the first layer."""
         h = self.embedding(tokens)
         if self.training and self.dropout_embedding > 0:
             rows = torch.ones_like(self.embedding.weight[:, :1])
             h = h * dropout(rows, self.dropout_embedding)[tokens]
+        if self.embedding_scale != 1:
+            h = h * self.embedding_scale
         return dropout(h, self.dropout_input, self.training)
 
     def output_layer(self, features):
         """Features ``[..., H]`` to logits ``[..., V]``."""
-        return nn.functional.linear(features, self.embedding.weight, self.output_bias)
+        weight = self.embedding.weight if self.output_weight is None else self.output_weight
+        return nn.functional.linear(features, weight, self.output_bias)
 
     # fairseq wants the state of generation as a flat dict of tensors.
 

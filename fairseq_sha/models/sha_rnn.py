@@ -11,6 +11,7 @@ from torch import nn
 
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.models.sizes import require_at_least, require_dropouts
 from fairseq_sha.modules import Boom, SingleHeadAttention
 from fairseq_sha.ops import dropout
 
@@ -147,14 +148,8 @@ def norm(width):
 
 def check(cfg):
     """Raise a UserError for sizes that make no model."""
-    for name in ("width", "num_layers", "window", "boom_multiple"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    for name in ("dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 0 and below 1"
-            )
+    require_at_least(1, cfg, "width", "num_layers", "window", "boom_multiple")
+    require_dropouts(cfg, "dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output")
     for layer in cfg.attention_layers:
         if not 0 <= layer < cfg.num_layers:
             raise UserError(

@@ -1,5 +1,6 @@
 from fairseq_sha.modules.boom import Boom
+from fairseq_sha.modules.feed_forward import FeedForward
 from fairseq_sha.modules.overparameterised_vector import OverparameterisedVector
 from fairseq_sha.modules.single_head_attention import SingleHeadAttention
 
-__all__ = ["Boom", "OverparameterisedVector", "SingleHeadAttention"]
+__all__ = ["Boom", "FeedForward", "OverparameterisedVector", "SingleHeadAttention"]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fairseq_sha.modules.overparameterised_vector import OverparameterisedVector
-from fairseq_sha.ops import attend, dropout
+from fairseq_sha.ops import attend, causal, dropout
 
 
 class SingleHeadAttention(nn.Module):
@@ -46,7 +46,8 @@ class SingleHeadAttention(nn.Module):
         queries = torch.sigmoid(self.query_gate) * self.query_norm(self.query(h))
         queries = dropout(queries, self.p, self.training) * torch.sigmoid(self.key_gate)
         values = dropout(memory, self.p, self.training)
-        mix = attend(queries, memory, values, self.p if self.training else 0.0)
+        p = self.p if self.training else 0.0
+        mix = attend(queries, memory, values, causal(queries, memory), p)
         if isinstance(self.value_gate, OverparameterisedVector):
             value_gate = self.value_gate()
         else:

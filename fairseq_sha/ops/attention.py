@@ -1,4 +1,5 @@
-"""Attention of one head over a memory and the current segment."""
+"""Attention over a memory and the current segment: the rows of the memory come first among keys
+and values, the segment's own rows last. All heads of all streams lie side by side, ``N`` in all."""
 
 import torch
 import torch.nn.functional as F
@@ -6,45 +7,94 @@ import torch.nn.functional as F
 from fairseq_sha.ops.dropout import dropout
 
 
-def attend(queries, keys, values, p=0.0):
-    """``dropout(softmax(q k^T / sqrt(H) + causal mask)) v``, the weights not renormalised.
-
-    The rows of a memory come first in ``keys`` and ``values``, the segment's own rows last:
-    position ``t`` of the segment sees the whole memory and positions 0 to ``t``.
+def attend(queries, keys, values, bias, p=0.0):
+    """``dropout(softmax(q k^T / sqrt(d) + bias)) v``, the weights not renormalised.
 
     Args:
-        queries (Tensor): ``[T, B, H]``
-        keys, values (Tensor): ``[M + T, B, H]``
+        queries (Tensor): ``[T, N, d]``
+        keys, values (Tensor): ``[K, N, d]``
+        bias (Tensor): ``[T, K]`` or ``[N, T, K]``, such as :func:`causal` gives; minus infinity
+            where a position must not look
         p (float): dropout on the attention weights
 
     Returns:
-        Tensor ``[T, B, H]``
+        Tensor ``[T, N, d]``
     """
     if torch.is_grad_enabled() and queries.device.type == "cpu":
         # Faster than torch's fused form, whose dropout draws on one thread.
-        return attend_reference(queries, keys, values, p)
-    return attend_fused(queries, keys, values, p)
+        return attend_reference(queries, keys, values, bias, p)
+    return attend_fused(queries, keys, values, bias, p)
 
 
-def attend_fused(queries, keys, values, p=0.0):
+def attend_fused(queries, keys, values, bias, p=0.0):
     """:func:`attend`, by torch's scaled dot product attention."""
     mixed = F.scaled_dot_product_attention(
         *(x.transpose(0, 1).unsqueeze(1) for x in (queries, keys, values)),
-        attn_mask=visible(len(queries), len(keys), queries.device),
+        attn_mask=bias if bias.dim() == 2 else bias.unsqueeze(1),
         dropout_p=p,
     )
     return mixed.squeeze(1).transpose(0, 1)
 
 
-def attend_reference(queries, keys, values, p=0.0):
+def attend_reference(queries, keys, values, bias, p=0.0):
     """:func:`attend`, written out."""
     queries, keys, values = (x.transpose(0, 1) for x in (queries, keys, values))
-    bias = torch.zeros(queries.size(1), keys.size(1), dtype=queries.dtype, device=queries.device)
-    bias.masked_fill_(~visible(*bias.shape, bias.device), float("-inf"))
     scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=queries.size(-1) ** -0.5)
     return torch.bmm(dropout(scores.softmax(-1), p), values).transpose(0, 1)
 
 
-def visible(segment, total, device):
-    """Which of ``total`` rows each position of the segment sees: bool ``[segment, total]``."""
-    return torch.ones(segment, total, dtype=torch.bool, device=device).tril(total - segment)
+def causal(queries, keys):
+    """A bias by which position ``t`` of the segment sees the memory and positions 0 to ``t``:
+    ``[T, K]``, of the type of ``queries``."""
+    shape = len(queries), len(keys)
+    bias = torch.full(shape, float("-inf"), dtype=queries.dtype, device=queries.device)
+    return bias.triu_(len(keys) - len(queries) + 1)
+
+
+def causal_relative(queries, positions, same_length=None):
+    """A bias from relative positions: ``q_t . r_(distance)``, minus infinity for what comes later.
+
+    The scores of all distances are computed by one product; reading them with rows one shorter
+    than they are, from the right place, moves row ``t`` by ``t`` columns, so that each finds its
+    own distances without a copy (the shift of arXiv 1901.02860, appendix B).
+
+    Args:
+        queries (Tensor): ``[T, N, d]``, scaled
+        positions (Tensor): ``r`` of the distances ``K - 1`` down to -1, ``[K + 1, heads, d]``;
+            that of -1 is never seen
+        same_length (int): see only so many keys, itself included; None for all
+
+    Returns:
+        Tensor ``[N, T, K]``: a view
+    """
+    length, total = len(queries), len(positions) - 1
+    heads = queries.transpose(0, 1).unflatten(0, (-1, positions.size(1)))
+    scores = torch.matmul(heads, positions.permute(1, 2, 0)).flatten(0, 1)
+    row = torch.arange(length, device=scores.device).unsqueeze(1)
+    column = torch.arange(total + 1, device=scores.device)
+    # In row t the first T - 1 - t columns are moved out, to become the future of the row before.
+    hidden = (column < length - 1 - row) | (column == total)
+    if same_length is not None:
+        hidden = hidden | (column < total - same_length)
+    with torch.no_grad():  # a hidden score's weight is 0, and so is its gradient without our help
+        scores.masked_fill_(hidden, float("-inf"))
+    flat = scores.flatten(1)[:, length - 1 : length - 1 + length * total]
+    return flat.unflatten(1, (length, total))
+
+
+def band(scores, outside):
+    """Move row ``t`` by ``t`` columns to the right: scores of a window that slides with ``t``
+    become scores of all keys.
+
+    Args:
+        scores (Tensor): ``[N, T, L]``
+        outside (float): what to fill in for keys outside the window
+
+    Returns:
+        Tensor ``[N, T, L + T - 1]``: a view of a padded copy
+    """
+    _, length, width = scores.shape
+    total = width + length - 1
+    # Read with rows one shorter than they are, each row begins one column later than the last.
+    flat = F.pad(scores, (0, length), value=outside).flatten(1)[:, : length * total]
+    return flat.unflatten(1, (length, total))

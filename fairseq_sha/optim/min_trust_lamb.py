@@ -7,10 +7,11 @@ from typing import List
 import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
-from fairseq.optim import FairseqOptimizer, register_optimizer
+from fairseq.optim import register_optimizer
 from omegaconf import II
 
 from fairseq_sha.errors import UserError
+from fairseq_sha.optim.per_tensor import PerTensorOptimizer
 
 MAX_WEIGHT_NORM = 10.0
 
@@ -126,7 +127,7 @@ class MinTrustLAMBConfig(FairseqDataclass):
 
 
 @register_optimizer("min_trust_lamb", dataclass=MinTrustLAMBConfig)
-class FairseqMinTrustLAMB(FairseqOptimizer):
+class FairseqMinTrustLAMB(PerTensorOptimizer):
     """Registers :class:`MinTrustLAMB` with fairseq."""
 
     def __init__(self, cfg, params):
@@ -151,18 +152,6 @@ class FairseqMinTrustLAMB(FairseqOptimizer):
             "weight_decay": self.cfg.weight_decay,
             "min_trust": self.cfg.min_trust,
         }
-
-    @property
-    def supports_flat_params(self):
-        """A trust ratio belongs to a tensor; over all parameters in one it means something else.
-        fairseq refuses ``--fp16`` then, and names ``--fp16-no-flatten-grads``."""
-        return False
-
-    def load_state_dict(self, state_dict, optimizer_overrides=None):
-        """A resumed run takes its settings from its own options, not from the checkpoint."""
-        super().load_state_dict(
-            state_dict, {**self.optimizer_config, **(optimizer_overrides or {})}
-        )
 
     def step(self, closure=None, scale=1.0, groups=None):
         super().step(closure, scale, groups)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import numpy as np
+import torch
 from fairseq.data import (
     AppendTokenDataset,
     Dictionary,
@@ -17,10 +18,14 @@ from fairseq.data import (
     PrependTokenDataset,
 )
 from fairseq.dataclass import FairseqDataclass
+from fairseq.optim import FP16Optimizer
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
 from omegaconf import II
 
+from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
+    CrossEntropyWithAuxiliaryLosses,
+)
 from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator
 from fairseq_sha.errors import UserError
 
@@ -80,6 +85,35 @@ class SegmentLanguageModelingTask(FairseqTask):
     def build_model(self, cfg, from_checkpoint=False):
         self.model = super().build_model(cfg, from_checkpoint)
         return self.model
+
+    def build_criterion(self, cfg, from_checkpoint=False):
+        criterion = super().build_criterion(cfg)
+        ignores = not isinstance(criterion, CrossEntropyWithAuxiliaryLosses)
+        if ignores and getattr(self.model and self.model.decoder, "has_auxiliary_losses", False):
+            raise UserError(
+                f"--criterion {cfg._name}: would leave out this model's auxiliary losses; use "
+                "cross_entropy_with_auxiliary_losses"
+            )
+        return criterion
+
+    def optimizer_step(self, optimizer, model, update_num):
+        """fairseq's hook. After the update, parameters are clamped to the model's bounds."""
+        bounded = model.decoder.bounded_parameters()
+        masters = {}
+        if bounded and isinstance(optimizer, FP16Optimizer):
+            if optimizer.has_flat_params:
+                raise UserError(
+                    "this model has parameters with bounds, which one flat tensor of all "
+                    "parameters cannot keep; add --fp16-no-flatten-grads"
+                )
+            masters = dict(zip(optimizer.fp16_params, optimizer.fp32_params))
+        super().optimizer_step(optimizer, model, update_num)
+        with torch.no_grad():
+            for parameter, low, high in bounded:
+                parameter.clamp_(low, high)
+                # Else the float32 copy would undo it at the next update.
+                if parameter in masters:
+                    masters[parameter].clamp_(low, high)
 
     def load_dataset(self, split, **kwargs):
         self.datasets[split] = Corpus(os.path.join(self.cfg.data, split))

@@ -13,6 +13,7 @@ from fairseq_sha.models.sha_rnn import (
     SHARNNEnwik8FullConfig,
 )
 from tests.conftest import dictionary_of, golden_cases
+from tests.models import golden
 
 CASES = golden_cases("sha_rnn")
 
@@ -62,7 +63,7 @@ def randomise(module):
 
 
 def golden_decoder(case):
-    params = {k[len("param/") :]: v for k, v in case.items() if k.startswith("param/")}
+    params = golden.parameters(case)
     vocabulary, width = params["encoder.weight"].shape
     model = decoder(
         vocabulary,
@@ -72,23 +73,7 @@ def golden_decoder(case):
         num_layers=1 + max(int(name.split(".")[1]) for name in params if "blocks" in name),
         boom_multiple=len(params["blocks.0.ff.linear1.weight"]) // width,
     )
-    own = dict(model.named_parameters())
-    weights = {
-        our_name(name): value.reshape(own[our_name(name)].shape)
-        for name, value in params.items()
-        if our_name(name) in own
-    }
-    model.load_state_dict(weights)
-    return model
-
-
-def segments(case):
-    """Tokens and targets of each segment, ``[B, T]``."""
-    start = 0
-    for length in map(int, case["segments"]):
-        piece = case["tokens"][start : start + length + 1].long().t()
-        yield piece[:, :-1], piece[:, 1:]
-        start += length
+    return golden.load(model, case, our_name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,22 +81,16 @@ def segments(case):
 def test_equals_published_code(name, training):
     case = CASES[name]
     model = golden_decoder(case).train(training)
-    for i, (tokens, targets) in enumerate(segments(case)):
+    pieces = golden.segments(case["tokens"].t(), case["segments"])
+    for i, (tokens, targets) in enumerate(pieces):
         model.zero_grad()
         logits, _ = model(tokens, segment=f"train:1:{i}")
         torch.testing.assert_close(logits.transpose(0, 1), case[f"logits{i}"], atol=1e-4, rtol=0)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = golden.token_losses(logits, targets).mean()
         torch.testing.assert_close(loss, case[f"loss{i}"].reshape(()), atol=1e-4, rtol=0)
         loss.backward()
 
-    expected = {our_name(k[len("grad/") :]): v for k, v in case.items() if k.startswith("grad/")}
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    assert set(expected) == set(gradients)
-    for name, gradient in gradients.items():
-        reference = expected[name].reshape(gradient.shape)
-        bound = 1e-3 * reference.abs().max() + 1e-8
-        assert (gradient - reference).abs().max() <= bound, name
-
+    golden.check_gradients(model, case, our_name)
     state = model.carried.training_state()["state"] if training else None
     for layer, left in enumerate(state or []):
         for key in ("h", "c"):

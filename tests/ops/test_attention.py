@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from fairseq_sha.ops import attend, attend_reference
+from fairseq_sha.ops import attend, attend_reference, band, causal, causal_relative
 from fairseq_sha.ops.attention import attend_fused
 
 
-def by_hand(queries, keys, values):
-    """One position and stream at a time."""
+def by_hand(queries, keys, values, bias=None):
+    """One position and stream at a time; a position sees the memory and what is not later."""
     length, streams, width = queries.shape
     memory = len(keys) - length
     out = torch.zeros_like(queries)
@@ -14,6 +14,8 @@ def by_hand(queries, keys, values):
         for b in range(streams):
             seen = slice(0, memory + t + 1)
             scores = keys[seen, b] @ queries[t, b] / width**0.5
+            if bias is not None:
+                scores = scores + bias[b, t, seen]
             out[t, b] = scores.softmax(0) @ values[seen, b]
     return out
 
@@ -23,11 +25,7 @@ def tensors(memory, length=5, streams=3, width=8):
     return [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("memory", [0, 1, 9])
-@pytest.mark.parametrize("form", [attend, attend_fused, attend_reference])
-def test_equals_the_definition_in_value_and_gradient(form, memory):
-    inputs = tensors(memory)
-    expected, actual = by_hand(*inputs), form(*inputs)
+def check_value_and_gradient(actual, expected, inputs):
     torch.testing.assert_close(actual, expected)
     weight = torch.randn_like(expected)
     torch.testing.assert_close(
@@ -36,16 +34,66 @@ def test_equals_the_definition_in_value_and_gradient(form, memory):
     )
 
 
+FORMS = [attend, attend_fused, attend_reference]
+
+
+@pytest.mark.parametrize("memory", [0, 1, 9])
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_definition_in_value_and_gradient(form, memory):
+    inputs = tensors(memory)
+    actual = form(*inputs, causal(*inputs[:2]))
+    check_value_and_gradient(actual, by_hand(*inputs), inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_each_head_counts(form):
+    inputs = tensors(memory=4)
+    bias = torch.randn(3, 5, 9, dtype=torch.double, requires_grad=True)
+    actual = form(*inputs, bias + causal(*inputs[:2]))
+    check_value_and_gradient(actual, by_hand(*inputs, bias), [*inputs, bias])
+
+
 def test_forms_agree_without_gradient():
     inputs = [tensor.float() for tensor in tensors(memory=9)]
+    bias = causal(*inputs[:2])
     with torch.no_grad():
-        torch.testing.assert_close(attend(*inputs), attend_reference(*inputs))
+        torch.testing.assert_close(attend(*inputs, bias), attend_reference(*inputs, bias))
 
 
 def test_dropout_is_not_renormalised():
     queries, keys, values = tensors(memory=20)
-    mean = torch.stack([attend(queries, keys, values, p=0.3) for _ in range(4000)]).mean(0)
-    torch.testing.assert_close(mean, attend(queries, keys, values), atol=0.05, rtol=0)
+    bias = causal(queries, keys)
+    mean = torch.stack([attend(queries, keys, values, bias, p=0.3) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, attend(queries, keys, values, bias), atol=0.05, rtol=0)
     ones = torch.ones_like(values)
-    totals = attend(queries, keys, ones, p=0.3)
+    totals = attend(queries, keys, ones, bias, p=0.3)
     assert (totals - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("same_length", [None, 3, 100])
+@pytest.mark.parametrize("memory", [0, 6])
+@pytest.mark.parametrize("length", [1, 5])
+def test_relative_bias_equals_its_definition(length, memory, same_length):
+    streams, heads, width, total = 2, 3, 4, memory + length
+    queries = torch.randn(length, streams * heads, width, dtype=torch.double, requires_grad=True)
+    positions = torch.randn(total + 1, heads, width, dtype=torch.double, requires_grad=True)
+    expected = torch.full((streams * heads, length, total), float("-inf"), dtype=torch.double)
+    for n in range(streams * heads):
+        for i in range(length):
+            for j in range(total):
+                distance = memory + i - j
+                if 0 <= distance < (same_length or total):
+                    r = positions[total - 1 - distance, n % heads]
+                    expected[n, i, j] = queries[i, n] @ r
+    actual = causal_relative(queries, positions, same_length)
+    check_value_and_gradient(actual.softmax(-1), expected.softmax(-1), [queries, positions])
+    assert torch.equal(actual.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_band_moves_each_row_by_one_more(length):
+    scores = torch.randn(3, length, 6, dtype=torch.double, requires_grad=True)
+    expected = torch.full((3, length, 6 + length - 1), 0.5, dtype=torch.double)
+    for t in range(length):
+        expected[:, t, t : t + 6] = scores[:, t]
+    check_value_and_gradient(band(scores, 0.5), expected, [scores])

@@ -1,0 +1,50 @@
+"""Cross-entropy and whatever else a model's training must keep small."""
+
+import math
+
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from fairseq.logging import metrics
+
+
+@register_criterion("cross_entropy_with_auxiliary_losses", dataclass=CrossEntropyCriterionConfig)
+class CrossEntropyWithAuxiliaryLosses(CrossEntropyCriterion):
+    """fairseq's cross_entropy plus the ``auxiliary_losses`` that the model's output holds beside
+    the logits (:meth:`~fairseq_sha.models.segment_decoder.SegmentDecoder.extra`).
+
+    Those are given in training only and in nats per prediction. Each is logged by its name, in
+    bits as all losses are, and so are the model's ``statistics``. ``nll_loss`` is the
+    cross-entropy alone; in evaluation ``loss`` is the same.
+    """
+
+    def forward(self, model, sample, reduce=True):
+        net_output = model(**sample["net_input"])
+        loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
+        ntokens, nsentences = sample["ntokens"], sample["target"].size(0)
+        sample_size = nsentences if self.sentence_avg else ntokens
+        extra = net_output[1] or {}
+        logging_output = {"nll_loss": loss.data}
+        for name, value in extra.get("auxiliary_losses", {}).items():
+            loss = loss + value * ntokens
+            logging_output[name] = value.data * ntokens / math.log(2)
+        for name, value in extra.get("statistics", {}).items():
+            logging_output[name] = value * ntokens
+        logging_output.update(
+            loss=loss.data, ntokens=ntokens, nsentences=nsentences, sample_size=sample_size
+        )
+        return loss, sample_size, logging_output
+
+    @staticmethod
+    def reduce_metrics(logging_outputs):
+        """Log means over tokens; ``loss`` by sample_size, as fairseq does."""
+        CrossEntropyCriterion.reduce_metrics(logging_outputs)
+        totals = {}
+        for output in logging_outputs:
+            for name, value in output.items():
+                totals[name] = totals.get(name, 0) + value
+        ntokens = totals["ntokens"]
+        metrics.log_scalar(
+            "nll_loss", totals.pop("nll_loss") / ntokens / math.log(2), ntokens, round=3
+        )
+        for name in sorted(set(totals) - {"loss", "ntokens", "nsentences", "sample_size"}):
+            metrics.log_scalar(name, totals[name] / ntokens, ntokens, priority=460, round=4)

@@ -1,0 +1,269 @@
+"""Adaptive Span: S. Sukhbaatar et al., "Adaptive Attention Span in Transformers",
+arXiv 1905.07799."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import FairseqLanguageModel, register_model
+from torch import nn
+
+from fairseq_sha.errors import UserError
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.models.sizes import (
+    require_at_least,
+    require_dropouts,
+    require_heads_that_divide,
+)
+from fairseq_sha.modules import FeedForward
+from fairseq_sha.ops import band, dropout, masked_softmax
+
+TRIM_TO_MULTIPLES_OF = 64
+
+
+@dataclass
+class AdaptiveSpanConfig(FairseqDataclass):
+    width: int = field(
+        default=512, metadata={"help": "width H of embedding and layers (default: paper, enwik8)"}
+    )
+    num_layers: int = field(
+        default=12, metadata={"help": "number of layers (default: paper, enwik8)"}
+    )
+    n_head: int = field(
+        default=8, metadata={"help": "heads of each layer (default: paper, enwik8)"}
+    )
+    d_inner: int = field(
+        default=2048,
+        metadata={"help": "inner width of feed-forward layers (default: paper, enwik8)"},
+    )
+    attn_span: int = field(
+        default=8192,
+        metadata={"help": "longest possible span, in tokens (default: paper, enwik8)"},
+    )
+    adapt_span_ramp: int = field(
+        default=32,
+        metadata={"help": "length in tokens of a span's soft end (default: paper, R)"},
+    )
+    adapt_span_loss: float = field(
+        default=5e-7,
+        metadata={
+            "help": "weight of the mean span in tokens, of each layer, in the training loss in "
+            "nats (default: published script)"
+        },
+    )
+    adapt_span_init: float = field(
+        default=0.0,
+        metadata={"help": "initial span as a part of attn-span, 0 to 1 (default: published)"},
+    )
+    dropout: float = field(
+        default=0.3,
+        metadata={
+            "help": "dropout of attention weights and inside feed-forward layers "
+            "(default: published script)"
+        },
+    )
+
+
+class AdaptiveAttention(nn.Module):
+    """Each position attends to those before it, not to itself; how far is learned for each head
+    (section 2.2)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.attn_span = cfg.attn_span
+        self.ramp = cfg.adapt_span_ramp
+        self.p = cfg.dropout
+        self.query = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.key = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.value = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.output = nn.Linear(cfg.width, cfg.width, bias=False)
+        # z of the paper, as a part of attn_span.
+        self.span = nn.Parameter(torch.full((cfg.n_head,), float(cfg.adapt_span_init)))
+
+    def forward(self, h, cache, key_positions):
+        """
+        Args:
+            h (Tensor): ``[T, B, H]``
+            cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``
+            key_positions (Tensor): embeddings of the L positions before a query, ``[d, L]``
+
+        Returns:
+            Tensor ``[T, B, H]``
+        """
+        trimmed = self.trim()
+        # Apart, so that no gradient is computed for the cache. The last token is nobody's key.
+        k, v = (
+            torch.cat([project(cache[trimmed:]), project(h[:-1])])
+            for project in (self.key, self.value)
+        )
+        q, k, v = (
+            x.unflatten(-1, (self.n_head, -1)).flatten(1, 2).transpose(0, 1)
+            for x in (self.query(h), k, v)
+        )
+        q = q / q.size(-1) ** 0.5
+        from_positions = torch.matmul(q, key_positions[:, trimmed:])
+        scores = torch.baddbmm(band(from_positions, float("-inf")), q, k.transpose(1, 2))
+        mask = band(self.mask(trimmed).unsqueeze(1).expand(-1, len(h), -1), 0.0)
+        weights = masked_softmax(scores.unflatten(0, (-1, self.n_head)), mask).flatten(0, 1)
+        mix = torch.bmm(dropout(weights, self.p, self.training), v)
+        return self.output(mix.transpose(0, 1).reshape(h.shape))
+
+    def trim(self):
+        """How many of the oldest keys no head reaches."""
+        longest = math.ceil(float(self.span.detach().max()) * self.attn_span) + self.ramp
+        unreached = self.attn_span - min(self.attn_span, longest)
+        multiples = min(self.attn_span - 1, unreached) // TRIM_TO_MULTIPLES_OF
+        return multiples * TRIM_TO_MULTIPLES_OF
+
+    def mask(self, trimmed):
+        """The soft mask of each head on the keys before a query: ``[heads, L - trimmed]``"""
+        distances = torch.arange(trimmed, self.attn_span, device=self.span.device)
+        reach = distances - (self.attn_span - 1) + self.span.unsqueeze(1) * self.attn_span
+        return (reach / self.ramp + 1).clamp(0, 1)
+
+
+class AdaptiveSpanLayer(nn.Module):
+    """Attention over what came before, and a feed-forward layer, each followed by its norm."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn_span = cfg.attn_span
+        self.attention = AdaptiveAttention(cfg)
+        self.norm_attention = nn.LayerNorm(cfg.width)
+        self.feed_forward = FeedForward(cfg.width, cfg.d_inner, cfg.dropout)
+        self.norm_feed_forward = nn.LayerNorm(cfg.width)
+
+    def forward(self, h, state, key_positions):
+        """``h [T, B, H]`` and state to the same; the state holds ``cache``, the last inputs of
+        this layer, ``[attn_span, B, H]``."""
+        # Before the first token there are zeros, which are attended to like any other.
+        cache = state["cache"] if state else h.new_zeros(self.attn_span, *h.shape[1:])
+        left = torch.cat([cache[len(h) :], h[-self.attn_span :]])
+        h = self.norm_attention(h + self.attention(h, cache, key_positions))
+        return self.norm_feed_forward(h + self.feed_forward(h)), {"cache": left}
+
+
+class AdaptiveSpanDecoder(SegmentDecoder):
+    """Embedding, layers that share the embeddings of key positions, untied output."""
+
+    def __init__(self, cfg, dictionary):
+        check(cfg)
+        layers = [AdaptiveSpanLayer(cfg) for _ in range(cfg.num_layers)]
+        super().__init__(dictionary, layers, cfg.width, tied=False)
+        self.span_loss = cfg.adapt_span_loss
+        self.has_auxiliary_losses = cfg.adapt_span_loss > 0
+        self.attn_span = cfg.attn_span
+        self.key_positions = nn.Parameter(torch.randn(cfg.width // cfg.n_head, cfg.attn_span))
+
+    def shared_by_layers(self, h, state):
+        return (self.key_positions,)
+
+    def spans(self):
+        """The span of each layer's heads, as parts of attn_span: ``[layers, heads]``."""
+        return torch.stack([layer.attention.span for layer in self.layers])
+
+    def extra(self):
+        """The loss that keeps spans short (section 2.2), and their lengths in tokens."""
+        spans = self.spans() * self.attn_span
+        return {
+            "auxiliary_losses": {"span_loss": self.span_loss * spans.mean(1).sum()},
+            "statistics": {"span_mean": spans.detach().mean(), "span_max": spans.detach().max()},
+        }
+
+    def bounded_parameters(self):
+        return [(layer.attention.span, 0.0, 1.0) for layer in self.layers]
+
+
+def check(cfg):
+    """Raise a UserError for sizes that make no model."""
+    sizes = ("width", "num_layers", "n_head", "d_inner", "attn_span", "adapt_span_ramp")
+    require_at_least(1, cfg, *sizes)
+    require_at_least(0, cfg, "adapt_span_loss", "adapt_span_init")
+    if cfg.adapt_span_init > 1:
+        raise UserError(f"--adapt-span-init {cfg.adapt_span_init}: must be at most 1")
+    require_heads_that_divide(cfg)
+    require_dropouts(cfg, "dropout")
+
+
+@register_model("adaptive_span", dataclass=AdaptiveSpanConfig)
+class AdaptiveSpan(FairseqLanguageModel):
+    """The model family; the named architectures differ from it in their defaults only."""
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        return cls(AdaptiveSpanDecoder(cfg, task.source_dictionary))
+
+
+@dataclass
+class AdaptiveSpanEnwik8Config(AdaptiveSpanConfig):
+    pass
+
+
+@register_model("adaptive_span_enwik8", dataclass=AdaptiveSpanEnwik8Config)
+class AdaptiveSpanEnwik8(AdaptiveSpan):
+    """The paper's 12 layers, 39M parameters."""
+
+
+@dataclass
+class AdaptiveSpanEnwik8SmallConfig(AdaptiveSpanConfig):
+    width: int = field(
+        default=256,
+        metadata={"help": "width H of embedding and layers (default: published script)"},
+    )
+    num_layers: int = field(
+        default=8, metadata={"help": "number of layers (default: published script)"}
+    )
+    n_head: int = field(
+        default=4, metadata={"help": "heads of each layer (default: published script)"}
+    )
+    d_inner: int = field(
+        default=1024,
+        metadata={"help": "inner width of feed-forward layers (default: published script)"},
+    )
+    attn_span: int = field(
+        default=1024,
+        metadata={"help": "longest possible span, in tokens (default: published script)"},
+    )
+    adapt_span_loss: float = field(
+        default=2e-6,
+        metadata={
+            "help": "weight of the mean span in tokens, of each layer, in the training loss in "
+            "nats (default: published script)"
+        },
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "dropout of attention weights and inside feed-forward layers "
+            "(default: published script)"
+        },
+    )
+
+
+@register_model("adaptive_span_enwik8_small", dataclass=AdaptiveSpanEnwik8SmallConfig)
+class AdaptiveSpanEnwik8Small(AdaptiveSpan):
+    """The published script's small model."""
+
+
+@dataclass
+class AdaptiveSpanEnwik8LargeConfig(AdaptiveSpanConfig):
+    width: int = field(
+        default=768, metadata={"help": "width H of embedding and layers (default: paper)"}
+    )
+    num_layers: int = field(default=24, metadata={"help": "number of layers (default: paper)"})
+    d_inner: int = field(
+        default=4096, metadata={"help": "inner width of feed-forward layers (default: paper)"}
+    )
+    dropout: float = field(
+        default=0.4,
+        metadata={
+            "help": "dropout of attention weights and inside feed-forward layers (default: paper)"
+        },
+    )
+
+
+@register_model("adaptive_span_enwik8_large", dataclass=AdaptiveSpanEnwik8LargeConfig)
+class AdaptiveSpanEnwik8Large(AdaptiveSpan):
+    """The paper's 24 layers, 209M parameters."""

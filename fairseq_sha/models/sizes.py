@@ -1,0 +1,26 @@
+"""Checks of configs that model families share. Each raises a UserError that names the option."""
+
+from fairseq_sha.errors import UserError
+
+
+def require_at_least(minimum, cfg, *names):
+    for name in names:
+        if not getattr(cfg, name) >= minimum:
+            raise UserError(f"{_option(name)} {getattr(cfg, name)}: must be at least {minimum}")
+
+
+def require_dropouts(cfg, *names):
+    for name in names:
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UserError(f"{_option(name)} {getattr(cfg, name)}: must be at least 0 and below 1")
+
+
+def require_heads_that_divide(cfg):
+    if cfg.width % cfg.n_head:
+        raise UserError(
+            f"--n-head {cfg.n_head}: does not divide --width {cfg.width}; heads share it evenly"
+        )
+
+
+def _option(name):
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,26 @@
+"""The feed-forward layer of transformers (arXiv 1706.03762, section 3.3)."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from fairseq_sha.ops import dropout
+
+
+class FeedForward(nn.Module):
+    """``W_2 dropout(relu(W_1 h + b_1)) + b_2``
+
+    Args:
+        width (int): ``H``, of input and output
+        inner (int): width in between
+        p (float): dropout in between
+    """
+
+    def __init__(self, width, inner, p):
+        super().__init__()
+        self.p = p
+        self.linear1 = nn.Linear(width, inner)
+        self.linear2 = nn.Linear(inner, width)
+
+    def forward(self, h):
+        """``[..., H] -> [..., H]``"""
+        return self.linear2(dropout(F.relu(self.linear1(h)), self.p, self.training))

@@ -1,0 +1,271 @@
+"""Adaptive Span against numbers of the published implementation, and against itself."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fairseq_sha import UserError
+from fairseq_sha.models.adaptive_span import (
+    AdaptiveSpanConfig,
+    AdaptiveSpanDecoder,
+    AdaptiveSpanEnwik8Config,
+    AdaptiveSpanEnwik8LargeConfig,
+)
+from tests.conftest import dictionary_of, golden_cases
+from tests.models import golden
+
+CASES = golden_cases("adaptive_span")
+
+REFERENCE_NAMES = {
+    "attn.attn.adaptive_span._mask.current_val": "attention.span",
+    "attn.proj_query": "attention.query",
+    "attn.proj_key": "attention.key",
+    "attn.proj_val": "attention.value",
+    "attn.proj_out": "attention.output",
+    "ff.fc1": "feed_forward.linear1",
+    "ff.fc2": "feed_forward.linear2",
+    "norm1": "norm_attention",
+    "norm2": "norm_feed_forward",
+}
+
+
+def our_name(name):
+    """Our name of a parameter of the published code."""
+    whole = {
+        "key_pe": "key_positions",
+        "in_emb.weight": "embedding.weight",
+        "out_emb.weight": "output_weight",
+        "out_emb.bias": "output_bias",
+    }
+    if name in whole:
+        return whole[name]
+    _, layer, rest = name.split(".", 2)
+    for reference, ours in REFERENCE_NAMES.items():
+        if rest.startswith(reference):
+            return f"layers.{layer}.{ours}{rest[len(reference) :]}"
+    raise KeyError(name)
+
+
+def decoder(vocabulary=29, **fields):
+    small = dict(width=16, num_layers=2, n_head=2, d_inner=40, attn_span=20, adapt_span_ramp=4)
+    cfg = OmegaConf.structured(AdaptiveSpanConfig(**{**small, "dropout": 0, **fields}))
+    return AdaptiveSpanDecoder(cfg, dictionary_of(vocabulary))
+
+
+def randomise(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("span"):
+            torch.nn.init.uniform_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def golden_decoder(case):
+    params = golden.parameters(case)
+    vocabulary, width = params["in_emb.weight"].shape
+    model = decoder(
+        vocabulary,
+        width=width,
+        num_layers=1 + max(int(key.split(".")[1]) for key in params if key.startswith("layers.")),
+        n_head=int(case["setting/n_head"]),
+        d_inner=len(params["layers.0.ff.fc1.weight"]),
+        attn_span=int(case["setting/attn_span"]),
+        adapt_span_ramp=int(case["setting/ramp"]),
+        adapt_span_loss=float(case["setting/loss_coeff"]),
+    )
+    return golden.load(model, case, our_name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_published_code(name):
+    case = CASES[name]
+    model = golden_decoder(case)
+    for i, (tokens, targets) in enumerate(golden.segments(case["tokens"], case["segments"])):
+        model.zero_grad()
+        logits, extra = model(tokens, segment=f"train:1:{i}")
+        nll = golden.token_losses(logits, targets)
+        torch.testing.assert_close(nll, case[f"nll{i}"], atol=1e-4, rtol=0)
+        span_loss = extra["auxiliary_losses"]["span_loss"]
+        torch.testing.assert_close(span_loss, case[f"span_loss{i}"].reshape(()))
+        (nll.mean() + span_loss).backward()
+    golden.check_gradients(model, case, our_name)
+
+
+def test_a_golden_case_is_trimmed():
+    model = golden_decoder(CASES["trimmed"])
+    assert [layer.attention.trim() for layer in model.layers] == [64, 64]
+
+
+@pytest.mark.parametrize(
+    "span, ramp, longest, trimmed",
+    [
+        (1024, 32, 0.0, 960),
+        (1024, 32, 0.2, 768),
+        (1024, 32, 0.2199, 704),  # ceil(225.2) + 32 = 258 keys: four times 64 do not hold them
+        (1024, 32, 1.0, 0),
+        (129, 1, 0.0, 128),
+        (64, 1, 0.0, 0),  # at least one key stays, and 64 are dropped at a time
+        (20, 40, 0.0, 0),
+    ],
+)
+def test_trimming(span, ramp, longest, trimmed):
+    attention = decoder(attn_span=span, adapt_span_ramp=ramp).layers[0].attention
+    with torch.no_grad():
+        attention.span.copy_(torch.tensor([0.0, longest]))
+    assert attention.trim() == trimmed
+
+
+@pytest.mark.parametrize("cfg, millions", [(AdaptiveSpanEnwik8Config, 38.54)])
+def test_counted_parameters(cfg, millions):
+    assert count(cfg) == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "cfg, millions", [(AdaptiveSpanEnwik8Config, 39), (AdaptiveSpanEnwik8LargeConfig, 209)]
+)
+def test_parameter_counts_of_the_paper(cfg, millions):
+    assert count(cfg) == pytest.approx(millions, rel=0.015)
+
+
+def count(cfg):
+    with torch.device("meta"):
+        model = AdaptiveSpanDecoder(OmegaConf.structured(cfg()), dictionary_of(205))
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def by_hand(attention, h, cache, key_positions):
+    """The equations for one stream, one query and head at a time, nothing trimmed."""
+    rows = torch.cat([cache, h])
+    d = h.size(1) // attention.n_head
+    mixed = torch.zeros_like(h)
+    j = torch.arange(attention.attn_span)
+    for t in range(len(h)):
+        seen = rows[t : t + attention.attn_span]
+        for head in range(attention.n_head):
+            part = slice(head * d, (head + 1) * d)
+            q = attention.query(h[t])[part]
+            scores = attention.key(seen)[:, part] @ q + q @ key_positions
+            reach = j - (attention.attn_span - 1) + attention.span[head] * attention.attn_span
+            a = (scores / d**0.5).softmax(0) * (reach / attention.ramp + 1).clamp(0, 1)
+            a = a / (a.sum() + 1e-8)
+            mixed[t, part] = a @ attention.value(seen)[:, part]
+    return attention.output(mixed)
+
+
+@pytest.mark.parametrize("span", [20, 150])
+def test_attention_equals_the_equations(span):
+    model = randomise(decoder(attn_span=span))
+    attention = model.layers[0].attention
+    with torch.no_grad():
+        attention.span.mul_(0.4)  # so that something is trimmed of 150
+    assert attention.trim() == (64 if span == 150 else 0)
+    h, cache = torch.randn(7, 3, 16, requires_grad=True), torch.randn(span, 3, 16)
+    actual = attention(h, cache, model.key_positions)
+    expected = torch.stack(
+        [by_hand(attention, h[:, b], cache[:, b], model.key_positions) for b in range(3)], 1
+    )
+    torch.testing.assert_close(actual, expected)
+    weight = torch.randn_like(actual)
+    inputs = [h, model.key_positions, *attention.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad((actual * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_one_token_at_a_time_equals_the_segment_pass():
+    model = randomise(decoder()).eval()
+    tokens = torch.randint(29, (3, 30))  # longer than the span
+    expected, _ = model(tokens)
+    state = {}
+    for t in range(30):
+        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
+        torch.testing.assert_close(logits[:, 0], expected[:, t])
+
+
+def test_cutting_otherwise_changes_nothing():
+    model = randomise(decoder()).eval()
+    tokens = torch.randint(29, (2, 61))
+
+    def logits(lengths):
+        pieces = golden.segments(tokens, lengths)
+        outputs = [model(x, segment=f"valid:1:{i}")[0] for i, (x, _) in enumerate(pieces)]
+        model.carried._kept.clear()
+        return torch.cat(outputs, 1)
+
+    torch.testing.assert_close(logits([7, 13, 40]), logits([60]))
+    torch.testing.assert_close(logits([1] * 60), logits([60]))
+
+
+def test_position_does_not_attend_to_itself_nor_beyond_its_span():
+    model = randomise(decoder(num_layers=1, attn_span=8))
+    attention = model.layers[0].attention
+    with torch.no_grad():
+        attention.span.fill_(1.0)
+    h, cache = torch.randn(12, 1, 16), torch.randn(8, 1, 16)
+    rows = torch.cat([cache, h]).requires_grad_()
+    value = attention.value(rows)
+    gradient = torch.autograd.grad(value.sum(), rows)  # the graph reaches the rows at all
+    assert gradient[0].any()
+    query = 9
+    mixed = attention(rows[8:], rows[:8], model.key_positions)[query].sum()
+    (gradient,) = torch.autograd.grad(mixed, rows)
+    reached = gradient[:, 0].abs().sum(-1) > 0
+    # Itself counts through its query alone.
+    assert reached.nonzero().flatten().tolist() == list(range(query, query + 8 + 1))
+
+
+def test_cache_is_bounded_and_detached():
+    model = decoder()
+    for index in range(4):
+        logits, _ = model(torch.randint(29, (2, 7)), segment=f"train:1:{index}")
+        logits.sum().backward()  # would fail through the graph of the segment before
+        kept = model.carried._kept["train", True].after
+        assert [len(layer["cache"]) for layer in kept] == [20, 20]
+        assert not any(layer["cache"].requires_grad for layer in kept)
+
+
+def test_dropout_falls_where_the_paper_has_it(monkeypatch):
+    seen = []
+
+    def record(x, p, training=True):
+        if training and p > 0:
+            seen.append((tuple(x.shape), p))
+        return x
+
+    for module in ("models.adaptive_span", "models.segment_decoder", "modules.feed_forward"):
+        monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
+    model = decoder(num_layers=1, dropout=0.2)
+    model(torch.randint(29, (3, 5)))
+    assert seen == [((2 * 3, 5, 20 + 5 - 1), 0.2), ((5, 3, 40), 0.2)]
+    seen.clear()
+    model.eval()(torch.randint(29, (3, 5)))
+    assert seen == []
+
+
+def test_auxiliary_losses_are_for_training_only():
+    model = decoder(adapt_span_init=0.5)
+    _, extra = model(torch.randint(29, (3, 5)))
+    assert float(extra["statistics"]["span_mean"]) == pytest.approx(10)
+    assert model.eval()(torch.randint(29, (3, 5)))[1] is None
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (dict(width=0), "--width"),
+        (dict(n_head=3), "--n-head"),
+        (dict(num_layers=0), "--num-layers"),
+        (dict(attn_span=0), "--attn-span"),
+        (dict(adapt_span_ramp=0), "--adapt-span-ramp"),
+        (dict(adapt_span_loss=-1.0), "--adapt-span-loss"),
+        (dict(adapt_span_init=1.5), "--adapt-span-init"),
+        (dict(dropout=1.0), "--dropout"),
+    ],
+)
+def test_impossible_sizes_are_named(fields, named):
+    with pytest.raises(UserError, match=named):
+        decoder(**fields)
