@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
+from fairseq_sha.import_weights import FAMILIES
 from fairseq_sha.models.adaptive_span import (
     AdaptiveSpanConfig,
     AdaptiveSpanDecoder,
@@ -15,35 +16,7 @@ from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 
 CASES = golden_cases("adaptive_span")
-
-REFERENCE_NAMES = {
-    "attn.attn.adaptive_span._mask.current_val": "attention.span",
-    "attn.proj_query": "attention.query",
-    "attn.proj_key": "attention.key",
-    "attn.proj_val": "attention.value",
-    "attn.proj_out": "attention.output",
-    "ff.fc1": "feed_forward.linear1",
-    "ff.fc2": "feed_forward.linear2",
-    "norm1": "norm_attention",
-    "norm2": "norm_feed_forward",
-}
-
-
-def our_name(name):
-    """Our name of a parameter of the published code."""
-    whole = {
-        "key_pe": "key_positions",
-        "in_emb.weight": "embedding.weight",
-        "out_emb.weight": "output_weight",
-        "out_emb.bias": "output_bias",
-    }
-    if name in whole:
-        return whole[name]
-    _, layer, rest = name.split(".", 2)
-    for reference, ours in REFERENCE_NAMES.items():
-        if rest.startswith(reference):
-            return f"layers.{layer}.{ours}{rest[len(reference) :]}"
-    raise KeyError(name)
+our_name = FAMILIES["adaptive_span"].our_name
 
 
 def decoder(vocabulary=29, **fields):

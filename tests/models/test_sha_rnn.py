@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
+from fairseq_sha.import_weights import FAMILIES
 from fairseq_sha.models.sha_rnn import (
     SHALSTMEnwik8Config,
     SHARNNConfig,
@@ -16,35 +17,7 @@ from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 
 CASES = golden_cases("sha_rnn")
-
-REFERENCE_NAMES = {
-    "rnn.": "lstm.",
-    "lnstart.": "norm_start.",
-    "lnmem.": "norm_memory.",
-    "lnmid.": "norm_mid.",
-    "lnxff.": "norm_boom.",
-    "lnff.": "norm_residual.",
-    "ff.linear1.": "boom.linear.",
-    "attn.qln.": "attention.query_norm.",
-    "attn.qs": "attention.query_gate",
-    "attn.ks": "attention.key_gate",
-    "attn.vs": "attention.value_gate.seed",
-    "attn.vq.l1.": "attention.value_gate.linear.",
-    "attn.q.": "attention.query.",
-}
-
-
-def our_name(name):
-    """Our name of a parameter of the published code."""
-    if name == "encoder.weight":
-        return "embedding.weight"
-    if name == "decoder.bias":
-        return "output_bias"
-    _, layer, rest = name.split(".", 2)
-    for reference, ours in REFERENCE_NAMES.items():
-        if rest.startswith(reference):
-            return f"layers.{layer}.{ours}{rest[len(reference) :]}"
-    return None  # takes no part in the published model either
+our_name = FAMILIES["sha_rnn"].our_name
 
 
 def config(**fields):

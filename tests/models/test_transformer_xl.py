@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
+from fairseq_sha.import_weights import FAMILIES
 from fairseq_sha.models.transformer_xl import (
     TransformerXLConfig,
     TransformerXLDecoder,
@@ -16,31 +17,7 @@ from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 
 CASES = golden_cases("transformer_xl")
-
-REFERENCE_NAMES = {
-    "dec_attn.qkv_net": "attention.query_key_value",
-    "dec_attn.o_net": "attention.output",
-    "dec_attn.r_net": "attention.position",
-    "dec_attn.layer_norm": "norm_attention",
-    "pos_ff.CoreNet.0": "feed_forward.linear1",
-    "pos_ff.CoreNet.3": "feed_forward.linear2",
-    "pos_ff.layer_norm": "norm_feed_forward",
-}
-
-
-def our_name(name):
-    """Our name of a parameter of the published code."""
-    whole = {
-        "r_w_bias": "content_bias",
-        "r_r_bias": "position_bias",
-        "word_emb.emb_layers.0.weight": "embedding.weight",
-        "crit.out_layers.0.bias": "output_bias",
-    }
-    if name in whole:
-        return whole[name]
-    _, layer, rest = name.split(".", 2)
-    module, kind = rest.rsplit(".", 1)
-    return f"layers.{layer}.{REFERENCE_NAMES[module]}.{kind}"
+our_name = FAMILIES["transformer_xl"].our_name
 
 
 def decoder(vocabulary=29, **fields):

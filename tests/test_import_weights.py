@@ -1,0 +1,334 @@
+"""Weights under the references' names become checkpoints with the references' numbers."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+
+from fairseq_sha import UserError
+from fairseq_sha.data import ByteDictionary
+from fairseq_sha.import_weights import import_weights, read_symbols
+from tests.conftest import golden_cases
+from tests.models import golden
+from tests.test_commands import REPOSITORY, RunsCode, in_process
+from tests.tiny_corpus import write_split
+
+# What the references' state dicts hold besides parameters.
+CASES = {
+    (family, name): case
+    for family in ("sha_rnn", "transformer_xl", "adaptive_span")
+    for name, case in golden_cases(family).items()
+}
+TOKENS_FIRST = {"sha_rnn", "transformer_xl"}  # tokens of the case are [total, B]
+
+
+def settings(family, case):
+    if family == "sha_rnn":
+        return [f"window={int(case['window'])}"]
+    values = {k[len("setting/") :]: v for k, v in case.items() if k.startswith("setting/")}
+    if family == "transformer_xl":
+        return [
+            f"n_head={int(values['n_head'])}",
+            f"mem_len={int(values['mem_len'])}",
+            f"clamp_len={max(int(values['clamp_len']), 0)}",
+            f"same_length={bool(values['same_length'])}",
+        ]
+    return [f"attn_span={int(values['attn_span'])}", f"adapt_span_ramp={int(values['ramp'])}"]
+
+
+def state_dict(family, case):
+    """The case's parameters and what else the reference's state dict has."""
+    weights = golden.parameters(case)
+    if family == "sha_rnn":
+        weights["decoder.weight"] = weights["encoder.weight"].clone()
+    if family == "transformer_xl":
+        tied = weights["word_emb.emb_layers.0.weight"]
+        weights["crit.out_layers.0.weight"] = tied.clone()
+        exponents = torch.arange(0.0, tied.size(1), 2.0) / tied.size(1)
+        weights["pos_emb.inv_freq"] = 1 / 10000**exponents
+    if family == "adaptive_span":
+        span = weights["key_pe"].size(2)
+        for name in list(weights):
+            if name.endswith("current_val"):
+                template = name.replace("current_val", "mask_template")
+                weights[template] = torch.linspace(1 - span, 0, steps=span)
+    return weights
+
+
+def tokens(family, case):
+    """``[B, total]``"""
+    return (case["tokens"].t() if family in TOKENS_FIRST else case["tokens"]).long()
+
+
+def vocabulary_size(case):
+    names = ("encoder.weight", "word_emb.emb_layers.0.weight", "in_emb.weight")
+    return next(len(case[f"param/{name}"]) for name in names if f"param/{name}" in case)
+
+
+def byte_of(row):
+    """Which byte a row stands for: newline too, and in no order that a dictionary might have."""
+    return 10 if row == 3 else 250 - 7 * row
+
+
+class Import:
+    """Files as a user has them, for one golden case; the test split is its first stream."""
+
+    def __init__(self, folder, family, case):
+        self.family, self.case = family, case
+        self.weights, self.symbols = folder / "weights.pt", folder / "symbols.txt"
+        self.data, self.save = folder / "data", folder / "checkpoint.pt"
+        self.data.mkdir()
+        self.rows = [byte_of(row) for row in range(vocabulary_size(case))]
+        self.symbols.write_text("".join(f"{byte}\n" for byte in self.rows))
+        torch.save(state_dict(family, case), self.weights)
+        dictionary = Dictionary()
+        for byte in self.rows:
+            if byte != 10:
+                dictionary.add_symbol(str(byte), n=1000 - byte)
+        dictionary.finalize(padding_factor=8)
+        dictionary.save(str(self.data / "dict.txt"))
+        self.dictionary = ByteDictionary.load(str(self.data / "dict.txt"))
+        text = bytes(byte_of(int(row)) for row in tokens(family, case)[0])
+        for split in ("train", "valid", "test"):
+            write_split(text, self.data, split, self.dictionary)
+
+    def arguments(self):
+        return [self.family, str(self.weights), str(self.symbols), str(self.data), str(self.save)]
+
+    def run(self):
+        return import_weights(*self.arguments(), settings(self.family, self.case))
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda family, name: Import(tmp_path, family, CASES[family, name])
+
+
+@pytest.mark.parametrize("family, name", CASES)
+def test_losses_are_the_reference_s(make, family, name):
+    imported = make(family, name)
+    imported.run()
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(imported.save)])
+    model.eval()
+    case = imported.case
+    id_of = {byte: i for i, byte in enumerate(imported.dictionary.bytes_by_id())}
+    ids = torch.tensor([id_of[byte] for byte in imported.rows])
+    pieces = golden.segments(ids[tokens(family, case)], case["segments"])
+    for i, (inputs, targets) in enumerate(pieces):
+        with torch.no_grad():
+            logits, _ = model(inputs, segment=f"test:1:{i}")
+        losses = golden.token_losses(logits, targets)
+        if family == "sha_rnn":
+            torch.testing.assert_close(losses.mean(), case[f"loss{i}"].reshape(()))
+        else:
+            expected = case[f"nll{i}"].t() if family in TOKENS_FIRST else case[f"nll{i}"]
+            torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
+        others = [i for i in range(len(imported.dictionary)) if i not in ids]
+        assert len(others) >= 3 and not logits.softmax(-1)[..., others].any()
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("transformer_xl", "train"),
+        ("transformer_xl", "long_memory"),
+        ("adaptive_span", "short"),
+        ("adaptive_span", "trimmed"),
+    ],
+)
+def test_eval_lm_gives_the_reference_s_bits_per_byte(make, monkeypatch, caplog, family, name):
+    """One stream in segments of the case's length: all four decimals that are printed."""
+    imported = make(family, name)
+    imported.run()
+    options = ["--cpu", "--gen-subset", "test", "--tokens-per-sample"]
+    options += [int(imported.case["segments"][0]), "--path", imported.save]
+    text = in_process("eval_lm", monkeypatch, caplog, imported.data, *options)
+    nll = [imported.case[f"nll{i}"] for i in range(len(imported.case["segments"]))]
+    if family in TOKENS_FIRST:
+        nll = [piece.t() for piece in nll]
+    bits = torch.cat([piece[0] for piece in nll]).double().mean() / math.log(2)
+    printed = re.search(r"Loss \(base 2\): ([0-9.]+)", text).group(1)
+    assert float(printed) == pytest.approx(float(bits), abs=1e-4)
+
+
+def test_command_and_finetuning(make, tmp_path):
+    imported = make("sha_rnn", "single_head")
+    options = ["--weights", imported.weights, "--symbols", imported.symbols]
+    options += ["--data-bin", imported.data, "--save", imported.save, "--set", "window=14"]
+    argv = [sys.executable, "-m", "fairseq_sha.import_weights", "sha_rnn", *options]
+    done = subprocess.run(
+        [str(word) for word in argv], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{imported.save}: sha_rnn with window=14, for {imported.data}\n"
+
+    argv = [os.path.join(os.path.dirname(sys.executable), "fairseq-train"), imported.data]
+    argv += "--user-dir fairseq_sha --task byte_language_modeling --arch sha_rnn --width 24".split()
+    argv += "--window 14 --batch-size 2 --tokens-per-sample 5 --optimizer adam --lr 0".split()
+    argv += "--cpu --max-update 2 --log-format simple --log-interval 1".split()
+    argv += ["--save-dir", tmp_path / "tuned", "--finetune-from-model", imported.save]
+    done = subprocess.run(
+        [str(word) for word in argv],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    before, after = (
+        torch.load(path, weights_only=True)["model"]
+        for path in (imported.save, tmp_path / "tuned" / "checkpoint_last.pt")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def altered(change):
+    """A change of the state dict."""
+
+    def apply(imported):
+        weights = state_dict(imported.family, imported.case)
+        change(weights)
+        torch.save(weights, imported.weights)
+
+    return apply
+
+
+def rename(weights, old, new):
+    weights[new] = weights.pop(old)
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        ("transformer_xl", altered(lambda w: w.pop("r_w_bias")), "lack 'r_w_bias'"),
+        (
+            "transformer_xl",
+            altered(lambda w: w.pop("layers.1.dec_attn.r_net.weight")),
+            "lack 'layers.1.dec_attn.r_net.weight'",
+        ),
+        (
+            "adaptive_span",
+            altered(lambda w: rename(w, "layers.0.norm1.bias", "layers.0.norm3.bias")),
+            "'layers.0.norm3.bias' has no place",
+        ),
+        (
+            "adaptive_span",
+            altered(lambda w: w.update({"layers.1.norm2.bias": torch.zeros(17)})),
+            r"'layers.1.norm2.bias' has the shape \[17\]; expected \[16\]",
+        ),
+        (
+            "adaptive_span",
+            altered(lambda w: w.update({"out_emb.bias": torch.zeros(28)})),
+            r"'out_emb.bias' has the shape \[28\]; expected \[29\]",
+        ),
+        (
+            "transformer_xl",
+            altered(lambda w: w["crit.out_layers.0.weight"].add_(1)),
+            "'crit.out_layers.0.weight' differs from 'word_emb.emb_layers.0.weight'",
+        ),
+        (
+            "transformer_xl",
+            altered(lambda w: w["pos_emb.inv_freq"].mul_(2)),
+            "'pos_emb.inv_freq' is not what",
+        ),
+        (
+            "adaptive_span",
+            altered(
+                lambda w: w["layers.0.attn.attn.adaptive_span._mask.mask_template"].neg_(),
+            ),
+            "mask_template' is not what",
+        ),
+        ("sha_rnn", altered(lambda w: w.pop("encoder.weight")), "lack 'encoder.weight'"),
+        (
+            "sha_rnn",
+            altered(lambda w: w.update({"blocks.0.lnmid.x": torch.ones(1)})),
+            "'blocks.0.lnmid.x' has no place",
+        ),
+        (
+            "sha_rnn",
+            lambda i: torch.save({"model": {}, "optimizer": {}}, i.weights),
+            "holds a dict of 'model', 'optimizer', not tensors",
+        ),
+        ("sha_rnn", lambda i: torch.save([1], i.weights), "holds a list"),
+        ("sha_rnn", lambda i: i.weights.write_text("text"), "not a state dict that torch loads"),
+        ("sha_rnn", lambda i: i.weights.write_bytes(b""), "not a state dict that torch loads"),
+        ("sha_rnn", lambda i: os.truncate(i.weights, 5000), "not a state dict that torch loads"),
+        ("sha_rnn", lambda i: i.weights.unlink(), "weights.pt: cannot be read"),
+        ("sha_rnn", lambda i: i.symbols.unlink(), "symbols.txt: cannot be read"),
+        ("sha_rnn", lambda i: i.symbols.write_text("10\n256\n"), "line 2: '256' is not a byte"),
+        ("sha_rnn", lambda i: i.symbols.write_text("10\n\n"), "line 2: '' is not a byte"),
+        ("sha_rnn", lambda i: i.symbols.write_text("10\n11\n10\n"), "line 3: byte 10 for the sec"),
+        (
+            "sha_rnn",
+            lambda i: i.symbols.write_text("".join(f"{b}\n" for b in i.rows[:-1])),
+            "to which the weights give no probability",
+        ),
+        (
+            "sha_rnn",
+            lambda i: i.symbols.write_text(i.symbols.read_text() + "251\n"),
+            "dictionary lacks byte 251",
+        ),
+        ("sha_rnn", lambda i: (i.data / "dict.txt").unlink(), "dict.txt: no such file"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, family, change, message):
+    name = {"sha_rnn": "single_head", "transformer_xl": "train", "adaptive_span": "short"}[family]
+    imported = make(family, name)
+    # The byte that one case leaves out must occur in the data.
+    text = bytes(imported.rows)
+    write_split(text, imported.data, "test", imported.dictionary)
+    change(imported)
+    with pytest.raises(UserError, match=message):
+        imported.run()
+    assert not imported.save.exists() and not list(imported.save.parent.glob("*.unfinished"))
+
+
+def test_symbols_that_no_data_uses_may_be_missing_from_the_weights(make):
+    imported = make("sha_rnn", "no_head")
+    lines = (imported.data / "dict.txt").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("madeupword")]
+    (imported.data / "dict.txt").write_text("\n".join([*lines, "251 0"]) + "\n")
+    imported.run()
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("mem_len", "give name=value"),
+        ("width=16", "give name=value with one of n_head, mem_len"),
+        ("n_head=4", "the shapes of the weights say 2"),
+        ("mem_len=many", "mem_len"),
+        ("mem_len=-3", "--mem-len -3"),
+    ],
+)
+def test_impossible_settings_are_named(make, setting, message):
+    imported = make("transformer_xl", "train")
+    with pytest.raises(UserError, match=message):
+        import_weights(*imported.arguments(), [setting])
+    assert not imported.save.exists()
+
+
+def test_weights_that_would_run_code_are_refused(make, tmp_path):
+    imported = make("sha_rnn", "no_head")
+    torch.save({"encoder.weight": RunsCode(str(tmp_path / "ran"))}, imported.weights)
+    with pytest.raises(UserError, match="not a state dict that torch loads safely"):
+        imported.run()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_unwritable_place_is_named(make, tmp_path):
+    imported = make("sha_rnn", "no_head")
+    imported.save = tmp_path / "nowhere" / "checkpoint.pt"
+    with pytest.raises(UserError, match="nowhere/checkpoint.pt: cannot be written"):
+        imported.run()
+
+
+def test_symbols_may_end_without_a_newline(tmp_path):
+    (tmp_path / "symbols").write_bytes(b"10\r\n32\r\n255")
+    assert read_symbols(tmp_path / "symbols") == [10, 32, 255]
