@@ -1,0 +1,68 @@
+"""What the task does after an update."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.models import FairseqLanguageModel
+from fairseq.optim import FP16Optimizer
+
+from fairseq_sha import UserError
+from fairseq_sha.tasks.segment_language_modeling import (
+    SegmentLanguageModelingConfig,
+    SegmentLanguageModelingTask,
+)
+from tests.conftest import dictionary_of
+from tests.models.test_adaptive_span import decoder
+
+
+@pytest.fixture
+def model():
+    return FairseqLanguageModel(decoder(adapt_span_init=0.5))
+
+
+def update(optimizer, model):
+    task = SegmentLanguageModelingTask(SegmentLanguageModelingConfig(), dictionary_of(29))
+    task.optimizer_step(optimizer, model, update_num=1)
+
+
+def leave_bounds(parameters):
+    for parameter, value in zip(parameters, (-0.2, 1.3)):
+        parameter.data.fill_(value)
+
+
+def test_parameters_are_clamped_to_their_bounds(model):
+    spans = [layer.attention.span for layer in model.decoder.layers]
+    update(SimpleNamespace(step=lambda: leave_bounds(spans)), model)
+    assert [span.tolist() for span in spans] == [[0, 0], [1, 1]]
+
+
+def mixed_precision(model, fp32_params):
+    """fairseq's optimiser over copies in float32; its own constructor needs a GPU."""
+    optimizer = FP16Optimizer.__new__(FP16Optimizer)
+    optimizer.fp16_params = list(model.parameters())
+    optimizer.fp32_params = fp32_params
+    return optimizer
+
+
+def test_float32_copies_are_clamped_too(model):
+    optimizer = mixed_precision(model, None)
+    copies = {p: torch.nn.Parameter(p.detach().clone()) for p in optimizer.fp16_params}
+    optimizer.fp32_params = list(copies.values())
+    spans = [layer.attention.span for layer in model.decoder.layers]
+
+    def step():
+        leave_bounds([copies[span] for span in spans])
+        for parameter, copy in copies.items():
+            parameter.data.copy_(copy)
+
+    optimizer.step = step
+    update(optimizer, model)
+    for span, expected in zip(spans, (0, 1)):
+        assert span.tolist() == copies[span].tolist() == [expected] * 2
+
+
+def test_flat_float32_copies_are_refused(model):
+    optimizer = mixed_precision(model, torch.zeros(4))
+    with pytest.raises(UserError, match="--fp16-no-flatten-grads"):
+        update(optimizer, model)

@@ -1,0 +1,109 @@
+"""What users type, with each model family beside SHA-RNN: train, resume, evaluate, generate."""
+
+import re
+
+import pytest
+import torch
+
+from fairseq_sha.models.adaptive_span import AdaptiveSpan
+from fairseq_sha.models.transformer_xl import TransformerXL
+from tests.test_commands import command, in_process, logged_losses
+from tests.tiny_corpus import write_folder
+
+TEST_BYTES = 833
+
+COMMON = """
+    --width 16 --num-layers 2 --n-head 2 --d-inner 32 --dropout 0.1
+    --tokens-per-sample 40 --random-segment-lengths --batch-size 4
+    --log-interval 1 --log-format simple --cpu --save-interval-updates 7 --no-epoch-checkpoints
+"""
+TRAINING = {
+    TransformerXL: f"""{COMMON} --arch transformer_xl --mem-len 60
+        --optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 0.25""",
+    AdaptiveSpan: f"""{COMMON} --arch adaptive_span --attn-span 100 --adapt-span-ramp 8
+        --adapt-span-init 0.3 --adapt-span-loss 1e-4
+        --optimizer clipped_adagrad --lr 0.07 --warmup-updates 5
+        --criterion cross_entropy_with_auxiliary_losses""",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), test=TEST_BYTES)
+
+
+@pytest.fixture(scope="module", params=TRAINING, ids=lambda family: family.__name__)
+def trained(request, data, tmp_path_factory):
+    """A model class, its options, and an uninterrupted run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    options = TRAINING[request.param] + " --max-update 30"
+    done = command("fairseq-train", data, f"{options} --save-dir {folder}")
+    assert done.returncode == 0, done.stdout
+    return request.param, options, folder, done.stdout
+
+
+def test_training_learns(trained):
+    bits = [float(value) for value in re.findall(r"train_inner.*?bpc=([0-9.]+)", trained[3])]
+    assert len(bits) == 30 and bits[0] == pytest.approx(4, abs=1.5) and bits[-1] < 3.2
+
+
+def test_spans_stay_in_bounds_and_are_logged(trained):
+    model, _, folder, output = trained
+    if model is not AdaptiveSpan:
+        pytest.skip("has no spans")
+    for name in ("span_mean", "span_max", "span_loss"):
+        assert len(re.findall(rf"train_inner.*?{name}=[0-9.]+", output)) == 30
+    assert "span_loss" not in re.search(r"valid on 'valid'.*", output).group()
+    weights = torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
+    spans = torch.cat([value for name, value in weights.items() if name.endswith("span")])
+    assert len(spans) == 4 and 0 <= spans.min() and spans.max() <= 1
+    first = re.search(r"train_inner.*?span_max=([0-9.]+)", output).group(1)
+    assert float(first) == pytest.approx(30) and spans.max() * 100 != 30
+
+
+def test_resumed_run_repeats_the_uninterrupted_one(data, trained, tmp_path):
+    """Carried state, dropout and schedule all go on, in mid-epoch."""
+    _, options, folder, output = trained
+    checkpoint = folder / "checkpoint_1_14.pt"
+    done = command(
+        "fairseq-train", data, f"{options} --restore-file {checkpoint} --save-dir {tmp_path}"
+    )
+    losses, expected = logged_losses(done.stdout), logged_losses(output)
+    assert "carried state" not in done.stdout  # which warns of its absence
+    assert len(losses) == 16, done.stdout
+    assert losses == {updates: expected[updates] for updates in losses}
+
+
+@pytest.mark.parametrize("batch_size, tokens_per_sample", [(1, 64), (3, 7), (40, 5000)])
+def test_evaluation_counts_every_token_once(
+    data, trained, monkeypatch, caplog, batch_size, tokens_per_sample
+):
+    options = ["--batch-size", batch_size, "--tokens-per-sample", tokens_per_sample]
+    options += ["--gen-subset", "test", "--cpu", "--path", trained[2] / "checkpoint_last.pt"]
+    text = in_process("eval_lm", monkeypatch, caplog, data, *options)
+    assert f"Evaluated {TEST_BYTES - 1:,} tokens" in text
+    assert float(re.search(r"Loss \(base 2\): ([0-9.]+)", text).group(1)) < 3.3
+
+
+def test_text_is_generated_and_scored(data, trained):
+    model = trained[0].from_pretrained(str(trained[2]), "checkpoint_last.pt", data)
+    text = model.sample("abc\nde", sampling=True, max_len_b=90)
+    assert text.startswith("abc\nde") and len(text) == 90 and set(text) <= set("abcdefgh \n")
+    assert len(model.sample("abc", beam=3, max_len_b=30)) == 30
+    text = "abc abc\nfed had a\ncab"
+    tokens = model.encode(text)
+    hypothesis = model.generate([tokens], beam=1, max_len_b=len(tokens) + 5)[0][0]
+    torch.testing.assert_close(
+        hypothesis["positional_scores"][: len(tokens)],
+        model.score(text)["positional_scores"],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_criterion_that_leaves_out_auxiliary_losses_is_refused(data, tmp_path):
+    options = f"{COMMON} --arch adaptive_span --optimizer adam --lr 0.01 --save-dir {tmp_path}"
+    done = command("fairseq-train", data, f"{options} --criterion cross_entropy")
+    assert done.returncode != 0 and "Traceback" not in done.stdout
+    expected = "error: --criterion cross_entropy: would leave out"
+    assert done.stdout.strip().splitlines()[-1].startswith(expected)
