@@ -2,7 +2,7 @@
 #   make demo            train and evaluate a small SHA-RNN on real Wikipedia bytes, on two CPU cores
 #   make test            lint and all tests
 #   make test-upstream   the same tests with upstream fairseq 0.12.2 on Python 3.8
-#   make bench           optimiser and training step, as ratios
+#   make bench           optimiser and training steps, as ratios
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -85,6 +85,7 @@ test-upstream: $(VENV38)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/adaptive_span.py
 
 clean:
 	rm -rf $(VENV) $(VENV38) data-bin runs checkpoints

@@ -1,0 +1,445 @@
+"""The comparison of models under one budget: stopped, resumed, repeated, and what it reports."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from numpy.random import RandomState
+
+from fairseq_sha.data.segments import segment_lengths
+from tests.tiny_corpus import write_folder
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPT = REPOSITORY / "examples" / "head_to_head" / "run.py"
+sys.path.insert(0, str(SCRIPT.parent))  # as Python does for a script in that folder
+
+import logs  # noqa: E402
+import recipe as recipes  # noqa: E402
+import run as script  # noqa: E402
+import summary  # noqa: E402
+
+UPDATES = 100
+GOOD = """
+hydra: {run: {dir: .}}
+common: {user_dir: fairseq_sha, cpu: true}
+task: {_name: byte_language_modeling, data: elsewhere, tokens_per_sample: 40,
+       random_segment_lengths: true}
+model: {_name: sha_rnn_small, width: 16, num_layers: 2, attention_layers: [1], window: 60}
+criterion: {_name: cross_entropy}
+optimizer: {_name: min_trust_lamb, min_trust: 0.25}
+lr_scheduler: {_name: fixed, warmup_updates: 40}
+optimization: {lr: [0.01], max_update: 800, max_epoch: 1, clip_norm: 0.25}
+dataset: {batch_size: 4, num_workers: 0}
+"""
+BAD = GOOD.replace("width", "widht")
+STOCK = """
+hydra: {run: {dir: .}}
+common: {cpu: true}
+task: {_name: language_modeling, tokens_per_sample: 64}
+model: {_name: transformer_lm, decoder_layers: 1, decoder_embed_dim: 16, decoder_input_dim: 16,
+        decoder_output_dim: 16, decoder_ffn_embed_dim: 16, decoder_attention_heads: 2}
+criterion: {_name: cross_entropy}
+optimizer: {_name: adam}
+lr_scheduler: {_name: cosine, warmup_updates: 10, warmup_init_lr: 1e-6}
+optimization: {lr: [0.005], max_update: 60}
+dataset: {batch_size: 4, num_workers: 0}
+"""
+
+EVALUATION = {
+    "good": "{tokens_per_sample: 50, model_overrides: {collapse: true}}",
+    "stock": "{context_window: 48, batch_size: 2}",
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), test=833)
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    for name, text in {"good": GOOD, "bad": BAD, "stock": STOCK}.items():
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "evaluation").mkdir()
+    for name, text in EVALUATION.items():
+        (folder / "evaluation" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def start(*options):
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def head_to_head(*options):
+    """Run the script; returns exit status, output and errors."""
+    process = start(*options)
+    output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="session")
+def stopped(data, configs, tmp_path_factory):
+    """A comparison that Ctrl-C stopped after the first checkpoint: its options and outcome."""
+    out = tmp_path_factory.mktemp("results") / "out"
+    options = ["--data", data, "--configs", configs / "good.yaml", configs / "bad.yaml"]
+    options += ["--updates", UPDATES, "--out", out]
+    process = start(*options)
+    checkpoint = out / "good" / "seed1" / "checkpoints" / "checkpoint_last.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    log = (out / "good" / "seed1" / "train.log").read_text()
+    return out, options, process.returncode, output + errors, log
+
+
+@pytest.fixture(scope="session")
+def finished(stopped):
+    """The same command again: goes on to the end."""
+    out, options, *_ = stopped
+    return (out, options, *head_to_head(*options))
+
+
+def result(out):
+    return json.loads((out / "good" / "seed1" / "result.json").read_text())
+
+
+def test_interruption_stops_the_child(stopped):
+    out, _, status, printed, log = stopped
+    assert status == 130 and printed.endswith("stopped; repeat the command to go on\n")
+    assert "Traceback" not in printed
+    assert log.splitlines()[-1].startswith("head_to_head: ended with status -15")
+    assert 0 < logs.read_training(log).train[-1][0] < UPDATES
+    assert not list(out.glob("**/*.unfinished"))
+
+
+def test_resumed_run_goes_on_from_its_checkpoint(stopped, finished):
+    log = (finished[0] / "good" / "seed1" / "train.log").read_text()
+    assert log.startswith(stopped[4])
+    assert re.search(r"Loaded checkpoint .* @ \d+ updates", log[len(stopped[4]) :])
+    training = logs.read_training(log)
+    assert training.finished
+    assert [update for update, _ in training.train] == list(range(1, UPDATES + 1))
+    assert [update for update, _ in training.valid] == [25, 50, 75, 100]
+
+
+def test_failure_is_reported_and_the_others_go_on(finished):
+    out, _, status, output, errors = finished
+    assert status == 1
+    assert errors == "failed: bad, seed 1; repeat the command to try again\n"
+    assert "[2/2] bad, seed 1 failed; the end of " in output and "'widht'" in output
+    assert (out / "good" / "seed1" / "result.json").exists()
+    assert not (out / "bad" / "seed1" / "result.json").exists()
+
+
+def test_result_of_a_run(finished):
+    found = result(finished[0])
+    assert (found["valid"]["tokens"], found["test"]["tokens"]) == (700, 832)
+    text = (finished[0] / "good" / "seed1" / "test.log").read_text()
+    assert f"Loss (base 2): {found['test']['bits']:.4f}," in text
+    assert found["parameters"] == 7952
+    assert "num. model params: 7,408" in text  # model_overrides: collapsed
+    assert found["test"]["bits"] < 3
+    assert found["valid_curve"][-1]["bits"] == pytest.approx(found["valid"]["bits"], abs=0.05)
+    assert found["updates"] == UPDATES and found["train_curve"][-1]["update"] == UPDATES
+    log = (finished[0] / "good" / "seed1" / "train.log").read_text()
+    tokens = re.findall(r'"wpb": "(\d+)".*? "num_updates": "(\d+)"', log)
+    tokens = {update: int(count) for count, update in tokens}  # of a repeated update the later
+    assert len(tokens) == UPDATES and found["bytes"] == sum(tokens.values())
+    assert found["train_curve"][-1]["bytes"] == pytest.approx(found["bytes"], abs=1)
+    speed = found["bytes"] / found["training_seconds"]
+    assert found["training_tokens_per_second"] == pytest.approx(speed, rel=1e-3)
+    assert 100 < found["peak_memory_mb"] < 5000
+    kept = os.listdir(finished[0] / "good" / "seed1" / "checkpoints")
+    assert kept == ["checkpoint_last.pt"]
+
+
+def test_report_sums_up(finished):
+    out, options, *_ = finished
+    found = result(out)
+    table = (out / "table.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith("| good ")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["7,952", f"{found['valid']['bits']:.3f}", f"{found['test']['bits']:.3f}"]
+    assert "Not finished: bad seed 1." in table
+    assert "Each model had 100 updates of training." in table
+    everything = json.loads((out / "results.json").read_text())
+    assert everything["command"].endswith(shlex.join(map(str, options)))
+    assert torch.__version__.startswith(everything["machine"]["torch"])
+    assert everything["machine"]["omp_num_threads"] == "1"
+    assert everything["runs"] == [found]
+    assert everything["not_finished"] == ["bad seed 1"]
+
+
+def test_pictures(finished):
+    pytest.importorskip("matplotlib")
+    for name in ("bits_by_seconds.png", "bits_by_bytes.png"):
+        assert (finished[0] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_repeated_command_redoes_only_what_failed(finished):
+    out, options, *_ = finished
+    before = {path: path.read_bytes() for path in (out / "good").glob("**/*") if path.is_file()}
+    log = (out / "bad" / "seed1" / "train.log").read_text()
+    status, output, _ = head_to_head(*options)
+    assert status == 1
+    assert "[1/2] good, seed 1: finished before" in output
+    after = {path: path.read_bytes() for path in (out / "good").glob("**/*") if path.is_file()}
+    assert after == before
+    again = (out / "bad" / "seed1" / "train.log").read_text()
+    assert again.startswith(log) and again.count("ended with status 1") == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--updates", 99], "budget (was 100 updates, now 99 updates)"),
+        (["--set", "model.width=24"], "config.model.width (was 16, now 24)"),
+        (["--set", "evaluation.batch_size=4"], "evaluation.batch_size (was None, now 4)"),
+        (["--eval-streams", 4], "eval_streams (was 8, now 4)"),
+    ],
+)
+def test_results_of_other_settings_are_not_mixed(finished, change, message):
+    out, options, *_ = finished
+    before = (out / "results.json").read_bytes()
+    status, output, errors = head_to_head(*options, *change)
+    assert (status, output) == (1, "")
+    remedy = "choose another --out, or remove it"
+    assert errors == f"error: {out}/good has results of another {message}; {remedy}\n"
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_a_config_may_be_mended_while_there_are_no_results(tmp_path):
+    """What was measured with the old one is measured again."""
+    model = recipes.Recipe("x", {"model": {"width": 16}}, {})
+    script.prepare(tmp_path / "x", model, {"config": {"model": {"width": 16}}})
+    (tmp_path / "x" / "speed.json").write_text("{}")
+    script.prepare(tmp_path / "x", model, {"config": {"model": {"width": 16}}})
+    assert (tmp_path / "x" / "speed.json").exists()
+    script.prepare(tmp_path / "x", model, {"config": {"model": {"width": 24}}})
+    assert not (tmp_path / "x" / "speed.json").exists()
+
+
+def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monkeypatch):
+    """With a model of fairseq's own, on its own task."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(REPOSITORY)
+    options = dict(updates=None, bytes=None, seconds=30.0, calibration_seconds=10.0, out=tmp_path)
+    args = argparse.Namespace(**options)
+    model = recipes.load(configs / "stock.yaml", data, [])
+    script.prepare(tmp_path / "stock", model, {})
+    assert script.updates_of(args, model) is None
+    updates = script.calibrate(args, model)
+    speed = json.loads((tmp_path / "stock" / "speed.json").read_text())
+    assert updates == speed["updates"] == int(30 * speed["updates_per_second"])
+    assert speed["tokens_per_update"] == pytest.approx(4 * 64, rel=0.05)
+    assert speed["measured_updates"] == 60
+    assert not list((tmp_path / "stock").glob("**/*.pt"))
+    log = (tmp_path / "stock" / "calibration.log").read_text()
+    assert "begin validation" not in log
+    assert script.updates_of(args, model) == updates
+
+
+def test_seeds_are_trained_through_a_launcher(data, configs, tmp_path, monkeypatch, capsys):
+    """One multirun; what it leaves is read like any other run's."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(REPOSITORY)
+    args = argparse.Namespace(out=tmp_path / "out", seeds=[3, 5], launcher="basic")
+    model = recipes.load(configs / "good.yaml", data, [])
+    script.prepare(args.out / "good", model, {})
+    script.multirun(args, model, 8)
+    for seed in args.seeds:
+        log = (args.out / "good" / f"seed{seed}" / "train.log").read_text()
+        training = logs.read_training(log)
+        assert training.finished and len(training.train) == 8 and len(training.valid) == 4
+        assert f"'seed': {seed}" in log
+        assert logs.read_peak(log) is None
+        assert (args.out / "good" / f"seed{seed}" / "checkpoints" / "checkpoint_last.pt").exists()
+    capsys.readouterr()
+    script.multirun(args, model, 8)  # nothing is left to do
+    assert capsys.readouterr().out == ""
+
+
+def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path):
+    options = ["--data", data, "--configs", configs / "good.yaml", configs / "stock.yaml"]
+    options += ["--out", tmp_path / "out", "--seeds", 1, 2, "--dry-run"]
+    status, output, _ = head_to_head(*options, "--updates", 80)
+    assert status == 0 and not (tmp_path / "out").exists()
+    commands = [shlex.split(line) for line in output.splitlines() if line.startswith("/")]
+    assert len(commands) == 2 * 2 * 3
+    train, valid, test = commands[3:6]
+    assert Path(train[0]) == Path(sys.executable).parent / "fairseq-hydra-train"
+    expected = ["common.seed=2", "optimization.max_update=80", "lr_scheduler.warmup_updates=4"]
+    expected += ["dataset.validate_interval_updates=20", "checkpoint.save_interval_updates=20"]
+    assert set(expected) < set(train)
+    assert valid[3] == "valid" and test[3] == "test"
+    words = " ".join(test)
+    assert "--tokens-per-sample 50 --batch-size 8 --model-overrides {'collapse': True}" in words
+    assert "--user-dir fairseq_sha --cpu" in words
+    stock = " ".join(commands[-1])
+    assert "language_modeling --tokens-per-sample 64 --batch-size 2 --context-window 48" in stock
+    assert "--user-dir" not in stock
+
+    status, output, _ = head_to_head(*options, "--seconds", 60)
+    assert status == 0 and "optimization.max_update=UPDATES" in output
+    assert output.count("optimization.stop_time_hours=0.011111") == 2
+    assert "lr_scheduler.warmup_updates=UPDATES*40/800" in output
+
+
+@pytest.mark.parametrize(
+    "config, options, message",
+    [
+        (None, ["--updates", 5], r".*no_such.yaml: no such config; give the path of a YAML file"),
+        (GOOD, ["--updates", 0], r"--updates 0: must be positive"),
+        (GOOD, ["--seconds", -1], r"--seconds -1: must be positive"),
+        (GOOD, ["--updates", 5, "--data", "/nowhere"], r"/nowhere/dict.txt is missing; make a .*"),
+        (GOOD, ["--updates", 5, "--set", "cpu"], r"--set cpu: give SECTION.FIELD=VALUE, .*"),
+        ("a: [", ["--updates", 5], r".*/good.yaml: not a config: .*; mend it"),
+        ("- a", ["--updates", 5], r".*/good.yaml: not a config: .*; mend it"),
+        (
+            GOOD.replace("max_update: 800, ", ""),
+            ["--updates", 5],
+            r".*/good.yaml: optimization.max_update is missing; .* add it",
+        ),
+        (
+            GOOD.replace("batch_size", "max_tokens"),
+            ["--bytes", 5000],
+            r"good: a budget in bytes needs dataset.batch_size; add it",
+        ),
+        (GOOD + "  \n", ["--updates", 5, "--set", "evaluation.cpu=1"], r".* evaluation.cpu is .*"),
+    ],
+)
+def test_mistakes_cost_one_line(data, tmp_path, config, options, message):
+    if config is not None:
+        (tmp_path / "good.yaml").write_text(config)
+    path = tmp_path / ("no_such.yaml" if config is None else "good.yaml")
+    fixed = ["--data", data, "--configs", path, "--out", tmp_path / "out"]
+    status, output, errors = head_to_head(*fixed, *options)
+    assert (status, output) == (1, "")
+    assert re.fullmatch(f"error: {message}\n", errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_configs_of_one_name(data, configs, tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    paths = [configs / "good.yaml", tmp_path / "good.yaml"]
+    fixed = ["--data", data, "--updates", 5, "--out", tmp_path / "out"]
+    status, _, errors = head_to_head(*fixed, "--configs", *paths)
+    assert status == 1
+    assert errors == f"error: {paths[1]}: another config is called good too; rename one\n"
+
+
+def test_schedule_is_scaled_to_the_budget():
+    scheduler = {"_name": "x", "warmup_updates": 40, "total_num_update": 800, "lr_shrink": 0.5}
+    scheduler.update(lr_period_updates=-1, force_anneal=None)
+    config = {"optimization": {"max_update": 800}, "lr_scheduler": scheduler}
+    model = recipes.Recipe("x", config, {})
+    expected = {"lr_scheduler.warmup_updates": 15, "lr_scheduler.total_num_update": 300}
+    assert recipes.schedule(model, 300) == expected
+    expected = {"lr_scheduler.warmup_updates": 1, "lr_scheduler.total_num_update": 5}
+    assert recipes.schedule(model, 5) == expected
+    scheduler["warmup_updates"] = 0
+    assert "lr_scheduler.warmup_updates" not in recipes.schedule(model, 300)
+
+
+@pytest.mark.parametrize("length", [40, 256, 1024])
+def test_tokens_per_update_is_the_mean_over_random_lengths(length):
+    task = {"tokens_per_sample": length, "random_segment_lengths": True}
+    config = {"task": task, "dataset": {"batch_size": 6}, "optimization": {"update_freq": [2]}}
+    drawn = segment_lengths(5_000_000, length, RandomState(1)).mean()
+    actual = recipes.tokens_per_update(recipes.Recipe("x", config, {}))
+    assert actual == pytest.approx(drawn * 6 * 2, rel=0.004)
+    task["random_segment_lengths"] = False
+    assert recipes.tokens_per_update(recipes.Recipe("x", config, {})) == length * 12
+
+
+def logged(update, loss, wps, wpb=100):
+    stats = {"epoch": 1, "loss": str(loss), "wps": str(wps), "wpb": str(wpb)}
+    return json.dumps({**stats, "num_updates": str(update)})
+
+
+def test_log_of_a_resumed_run():
+    """Later lines replace earlier ones; validation and starting are not training time."""
+    valid = '{"epoch": 1, "valid_loss": "5", "valid_nll_loss": "4.5", "valid_num_updates": "20"}'
+    lines = ["training on 1 devices", logged(12, 6, 1), logged(16, 5, 50), logged(20, 4, 50)]
+    lines += [valid, logged(24, 9, 1), "head_to_head: ended with status -15, peak memory 70 MB"]
+    lines += ["training on 1 devices", logged(24, 3.5, 2), logged(28, 3, 100, 90)]
+    lines += ["head_to_head: ended with status 0, peak memory 60 MB"]
+    training = logs.read_training("\n".join(lines))
+    assert training.train == [(12, 6), (16, 5), (20, 4), (24, 3.5), (28, 3)]
+    assert training.valid == [(20, 4.5)]
+    assert training.tokens_per_update == pytest.approx((4 * 100 + 90) / 5)
+    assert training.seconds_per_update == pytest.approx((2 + 2 + 0.9) / 3)
+    assert not training.finished
+    assert logs.read_peak("\n".join(lines)) == 70
+    assert logs.read_training("\n".join(lines[:1])) is None
+
+
+def made_up(model, seed, test, points=((10, 4.0), (20, 3.0))):
+    evaluation = {"bits": test, "tokens": 832, "tokens_per_second": 1000.0}
+    curve = [{"update": u, "bytes": u, "seconds": u / seed, "bits": b} for u, b in points]
+    numbers = dict(parameters=5, updates=20, bytes=2000, training_seconds=1.0, peak_memory_mb=seed)
+    return {
+        **{"model": model, "seed": seed, "training_tokens_per_second": 500.0 * seed, **numbers},
+        **{"valid": {**evaluation, "bits": test + 1}, "test": evaluation},
+        **{"train_curve": curve, "valid_curve": curve[-1:]},
+    }
+
+
+def test_table_has_means_and_spreads_and_the_best_first():
+    results = [made_up("a", 1, 2.5), made_up("b", 1, 2.0), made_up("b", 2, 2.2)]
+    results += [made_up("nan", 1, float("nan")), made_up("b", 3, 2.4), made_up("c", 1, 2.3)]
+    rows = summary.summarise(results)
+    assert [row["model"] for row in rows] == ["b", "c", "a", "nan"]
+    lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
+    assert lines[2] == "| b | 5 | 3.200 ± 0.200 | 2.200 ± 0.200 | 1,000 | 1,000 | 3 | 2,000 |"
+    assert lines[3] == "| c | 5 | 3.300 | 2.300 | 500 | 1,000 | 1 | 2,000 |"
+    assert "mean over seeds ± half of their range (seeds: b 3, c 1, a 1, nan 1)" in lines[-3]
+
+
+def test_curves_are_means_over_seeds():
+    runs = [made_up("a", 1, 2), made_up("a", 2, 2, ((10, 5.0), (20, 3.5), (30, 1.0)))]
+    assert summary.curve(runs, "train_curve", "seconds") == ([7.5, 15], [4.5, 3.25])
+    assert summary.smooth([0, 3, 6, 0, 30, 0]) == pytest.approx([0, 3, 7.8, 7.8, 10, 0])
+
+
+def test_progress_is_visible_and_a_failure_shows_the_end_of_the_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "PROGRESS_SECONDS", 0.3)
+    code = "import sys, time; print('one', flush=True); time.sleep(0.8); sys.exit('no more')"
+    log = tmp_path / "train.log"
+    with pytest.raises(script.RunFailed, match=f"failed; the end of {log}:\n    one\n    no more"):
+        script.execute([sys.executable, "-c", code], log, "[1/2] x", log.exists, str)
+    assert re.match(r"\[1/2\] x: False\n\[1/2\] x: True, 0 s\n", capsys.readouterr().out)
+    with pytest.raises(script.RunFailed):  # a good exit status without the work done
+        script.execute(["true"], log, "x", str, lambda text: False)
+    assert "ended with status 0" in log.read_text()
+
+
+def test_torn_checkpoint_gives_way_to_the_newest_whole_one(tmp_path):
+    for age, name in ((2, "checkpoint_best.pt"), (1, "checkpoint_1_50.pt")):
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            file.writestr("name", name)
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    whole = (tmp_path / "checkpoint_1_50.pt").read_bytes()
+    (tmp_path / "checkpoint_last.pt").write_bytes(whole[:-10])
+    script.mend_checkpoint(tmp_path)
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == whole
+    script.mend_checkpoint(tmp_path)  # which leaves a whole one alone
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == whole
