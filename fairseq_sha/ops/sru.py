@@ -1,0 +1,101 @@
+"""The recurrence of SRU (arXiv 1709.02755; as used by SRU++, arXiv 2102.12459, section 2)."""
+
+import torch
+
+from fairseq_sha.ops.linear_recurrence import reverse_scan
+
+
+def sru(u, x, weight, bias, c0, mask=None):
+    """Run the recurrence over a segment, element by element::
+
+        f_t = sigmoid(u1_t + v_f * c_(t-1) + b_f)
+        r_t = sigmoid(u2_t + v_r * c_(t-1) + b_r)
+        c_t = u0_t + (c_(t-1) - u0_t) * f_t
+        o_t = x_t + (c_t - x_t) * mask * r_t
+
+    The state is kept in float32 or wider, whatever the type of the inputs.
+
+    Args:
+        u (Tensor): ``[T, B, 3, D]``: u0, u1, u2
+        x (Tensor): input of the highway connection, ``[T, B, D]``
+        weight (Tensor): v_f and v_r, ``[2, D]``
+        bias (Tensor): b_f and b_r, ``[2, D]``
+        c0 (Tensor): the state before the first step, ``[B, D]``
+        mask (Tensor): a dropout mask for the whole segment, ``[B, D]``, or None
+
+    Returns:
+        o ``[T, B, D]``, of the type of ``x``, and the last c ``[B, D]``, of the state's type
+    """
+    wide = torch.promote_types(u.dtype, torch.float32)
+    mask = torch.ones_like(c0) if mask is None else mask
+    inputs = (tensor.to(wide) for tensor in (u, x, weight, bias, c0, mask))
+    o, last = _SRU.apply(*inputs)
+    return o.to(x.dtype), last
+
+
+def sru_reference(u, x, weight, bias, c0, mask=None):
+    """:func:`sru`, written out."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    mask = torch.ones_like(c0) if mask is None else mask
+    c, outputs = c0.to(wide), []
+    for t in range(len(u)):
+        f = torch.sigmoid(u[t, :, 1].to(wide) + weight[0] * c + bias[0])
+        r = torch.sigmoid(u[t, :, 2].to(wide) + weight[1] * c + bias[1])
+        c = u[t, :, 0].to(wide) + (c - u[t, :, 0].to(wide)) * f
+        outputs.append(x[t].to(wide) + (c - x[t].to(wide)) * mask * r)
+    return torch.stack(outputs).to(x.dtype), c
+
+
+class _SRU(torch.autograd.Function):
+    """The gates of a step need the state before it, so the forward pass is sequential. Its gradient
+    with respect to the states is a linear recurrence, all factors of which are known then."""
+
+    @staticmethod
+    def forward(ctx, u, x, weight, bias, c0, mask):
+        gates, states = recur(u, weight, bias, c0)
+        ctx.save_for_backward(u, x, weight, c0, mask, gates, states)
+        o = (states - x).mul_(mask).mul_(gates[:, :, 1]).add_(x)
+        return o, states[-1].clone()
+
+    @staticmethod
+    def backward(ctx, of_o, of_last):
+        u, x, weight, c0, mask, gates, states = ctx.saved_tensors
+        f, r = gates[:, :, 0], gates[:, :, 1]
+        before = torch.cat([c0.unsqueeze(0), states[:-1]])
+        of_u = torch.empty_like(u)
+        masked = of_o * mask
+        through_c = masked * r
+        of_r = torch.mul(masked, states - x, out=of_u[:, :, 2]).mul_(r * (1 - r))
+        slope = (before - u[:, :, 0]).mul_(f * (1 - f))  # of c_t with respect to f's argument
+        factor = torch.addcmul(f, slope, weight[0])  # of c_t with respect to c_(t-1)
+        term = through_c.clone()
+        term[:-1].addcmul_(of_r[1:], weight[1])
+        term[-1] += of_last
+        of_c = reverse_scan(factor, term)
+        torch.mul(of_c, 1 - f, out=of_u[:, :, 0])
+        torch.mul(of_c, slope, out=of_u[:, :, 1])
+        of_weight = (of_u[:, :, 1:] * before.unsqueeze(2)).sum((0, 1))
+        of_bias = of_u[:, :, 1:].sum((0, 1))
+        of_c0 = of_c[0] * factor[0] + of_r[0] * weight[1]
+        return of_u, of_o - through_c, of_weight, of_bias, of_c0, None
+
+
+def recur(u, weight, bias, c0):
+    """The sequential part, without gradient: gates f, r ``[T, B, 2, D]`` and states
+    ``[T, B, D]``. One Triton kernel on a GPU, three operations a step on CPU."""
+    if u.device.type == "cuda":
+        from fairseq_sha.ops.triton_kernels import recur as triton_recur
+
+        return triton_recur(u, weight, bias, c0)
+    return recur_step_by_step(u, weight, bias, c0)
+
+
+def recur_step_by_step(u, weight, bias, c0):
+    """:func:`recur` on CPU."""
+    gates = u[:, :, 1:] + bias
+    states = torch.empty_like(u[:, :, 0], memory_format=torch.contiguous_format)
+    c = c0
+    for gate, u0, state in zip(gates.unbind(), u[:, :, 0].unbind(), states.unbind()):
+        gate.addcmul_(weight, c.unsqueeze(1)).sigmoid_()
+        c = torch.lerp(u0, c, gate[:, 0], out=state)
+    return gates, states

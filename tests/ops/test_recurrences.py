@@ -1,0 +1,146 @@
+"""The recurrences' forms against each other, in value and gradient."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fairseq_sha.ops import (
+    linear_recurrence,
+    linear_recurrence_reference,
+    sru,
+    sru_reference,
+)
+
+
+def linear_inputs(length=7, dtype=torch.double):
+    shape = (length, 2, 5)
+    a, b = torch.rand(shape, dtype=dtype) * 2 - 0.5, torch.randn(shape, dtype=dtype)
+    return [tensor.requires_grad_() for tensor in (a, b, torch.randn(2, 5, dtype=dtype))]
+
+
+def sru_inputs(length=7, dtype=torch.double):
+    shapes = [(length, 2, 3, 5), (length, 2, 5), (2, 5), (2, 5), (2, 5)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def sru_mask(dtype=torch.double):
+    return torch.tensor([[0, 1.5, 1.5, 0, 1.5], [1.5, 1.5, 0, 0, 1.5]], dtype=dtype)
+
+
+def check(form, reference, inputs, *others, **tolerance):
+    actual, expected = form(*inputs, *others), reference(*inputs, *others)
+    for a, b in zip(actual, expected):
+        assert a.dtype == b.dtype
+    torch.testing.assert_close(actual, expected, **tolerance)
+    weights = [torch.randn_like(tensor) for tensor in expected]
+
+    def gradients(outputs):
+        total = sum((tensor * weight).sum() for tensor, weight in zip(outputs, weights))
+        return torch.autograd.grad(total, inputs)
+
+    torch.testing.assert_close(gradients(actual), gradients(expected), **tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_linear_recurrence_equals_its_definition(length):
+    check(linear_recurrence, linear_recurrence_reference, linear_inputs(length))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_sru_equals_its_definition(length, masked):
+    mask = sru_mask() if masked else None
+    check(sru, sru_reference, sru_inputs(length), mask)
+
+
+def test_gradients_are_those_of_finite_differences():
+    assert torch.autograd.gradcheck(linear_recurrence, linear_inputs(4))
+    assert torch.autograd.gradcheck(lambda *inputs: sru(*inputs, sru_mask()), sru_inputs(4))
+
+
+def test_long_sequences_keep_their_precision():
+    """float32 over 4,096 steps beside float64; a scan in log space would be off by 3e-3."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.rand(4096, 2, 5, generator=generator).pow(0.01)  # a long memory
+    b, h0 = torch.randn(4096, 2, 5, generator=generator) * (1 - a), torch.zeros(2, 5)
+    states, last = linear_recurrence(a, b, h0)
+    exact, _ = linear_recurrence_reference(a.double(), b.double(), h0.double())
+    torch.testing.assert_close(states.double(), exact, atol=1e-5, rtol=1e-5)
+    assert torch.equal(last, states[-1])
+
+    inputs = [tensor.detach() for tensor in sru_inputs(4096, torch.float)]
+    o, c = sru(*inputs)
+    exact, exact_c = sru_reference(*(tensor.double() for tensor in inputs))
+    torch.testing.assert_close(o.double(), exact, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(c.double(), exact_c, atol=1e-4, rtol=1e-4)
+
+
+def test_extreme_gates():
+    u, x, weight, bias, c0 = sru_inputs(6, torch.float)
+    with torch.no_grad():
+        u[:, :, 1:] *= 200  # open or shut altogether
+    check(sru, sru_reference, [u, x, weight, bias, c0])
+    a, b, h0 = linear_inputs(6, torch.float)
+    with torch.no_grad():
+        a.copy_((a > 0.5).float())
+    check(linear_recurrence, linear_recurrence_reference, [a, b, h0])
+
+
+def test_bfloat16_inputs_have_a_float32_state():
+    def halve(inputs):
+        return [t.detach().bfloat16().requires_grad_() for t in inputs]
+
+    inputs = halve(sru_inputs(64, torch.float))
+    o, c = sru(*inputs)
+    assert o.dtype == torch.bfloat16 and c.dtype == torch.float32
+    # Written out, autograd adds up the steps' gradients in bfloat16.
+    check(sru, sru_reference, inputs, atol=0.1, rtol=0.05)
+    inputs = halve(linear_inputs(64, torch.float))
+    states, last = linear_recurrence(*inputs)
+    assert states.dtype == torch.bfloat16 and last.dtype == torch.float32
+    exact, _ = linear_recurrence_reference(*(tensor.detach().double() for tensor in inputs))
+    torch.testing.assert_close(last.double(), exact[-1], atol=1e-4, rtol=1e-4)
+
+
+KERNELS = """
+import sys
+import torch
+from fairseq_sha.ops.linear_recurrence import scan_step_by_step
+from fairseq_sha.ops.sru import recur_step_by_step
+from fairseq_sha.ops.triton_kernels import recur, scan
+
+torch.manual_seed(1)
+for dtype in (torch.float, torch.double):
+    for steps, streams, width in ((1, 1, 1), (5, 3, 50), (9, 2, 64), (3, 4, 100)):
+        a, b = torch.randn(2, steps, streams, width, dtype=dtype).unbind()
+        h0 = torch.randn(streams, width, dtype=dtype)
+        for reverse in (False, True):
+            # Views, as the gradient passes them.
+            inputs = a[1:], b[:-1], h0, reverse
+            if steps > 1:
+                torch.testing.assert_close(scan(*inputs), scan_step_by_step(*inputs))
+        torch.testing.assert_close(scan(a, b, h0), scan_step_by_step(a, b, h0))
+        u = torch.randn(steps, streams, 3, width, dtype=dtype)
+        weight, bias = torch.randn(2, 2, width, dtype=dtype).unbind()
+        torch.testing.assert_close(
+            recur(u, weight, bias, h0), recur_step_by_step(u, weight, bias, h0)
+        )
+print("kernels agree")
+"""
+
+
+def test_triton_kernels_in_the_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.stdout.endswith("kernels agree\n"), done.stdout
