@@ -19,22 +19,8 @@ from omegaconf import OmegaConf
 from timing import arguments, compare, describe_machine
 
 from fairseq_sha import UserError
+from fairseq_sha.import_weights import FAMILIES
 from fairseq_sha.models.adaptive_span import AdaptiveSpanConfig, AdaptiveSpanDecoder
-
-OUR_NAMES = {
-    "attn.attn.adaptive_span._mask.current_val": "attention.span",
-    "attn.proj_query": "attention.query",
-    "attn.proj_key": "attention.key",
-    "attn.proj_val": "attention.value",
-    "attn.proj_out": "attention.output",
-    "ff.fc1": "feed_forward.linear1",
-    "ff.fc2": "feed_forward.linear2",
-    "norm1": "norm_attention",
-    "norm2": "norm_feed_forward",
-    "key_pe": "key_positions",
-    "in_emb": "embedding",
-    "out_emb.": "output_",
-}
 
 
 def example():
@@ -83,9 +69,8 @@ def main():
     )
     weights = {}
     own = dict(ours.named_parameters())
-    for name, value in theirs.named_parameters():
-        for reference, our in OUR_NAMES.items():
-            name = name.replace(reference, our)
+    for reference, value in theirs.named_parameters():
+        name = FAMILIES["adaptive_span"].our_name(reference)
         weights[name] = value.detach().reshape(own[name].shape)
     ours.load_state_dict(weights)
 

@@ -6,6 +6,8 @@ models, optimisers and criterion.
 
 import os
 
+import torch
+
 from fairseq_sha import criterions, models, optim, tasks  # noqa: F401
 from fairseq_sha.errors import UserError, show_user_errors_in_one_line
 
@@ -15,3 +17,7 @@ show_user_errors_in_one_line()
 
 # Below 2.6 torch runs whatever code a checkpoint holds, unless told not to.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+
+# Attention weights that all but vanish are denormal numbers, with which a CPU computes many times
+# more slowly. Threads inherit this if it is set before the first of them starts.
+torch.set_flush_denormal(True)

@@ -21,6 +21,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import yaml
 from fairseq.criterions.cross_entropy import CrossEntropyCriterionConfig
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
@@ -57,6 +58,7 @@ class Family:
     settings: tuple  # fields of the config that --set may give
     sizes: Callable  # weights -> fields of the config that shapes show
     idle: Callable  # name, weights -> what a tensor that takes no part must be; None: it takes part
+    singletons: str  # expression for names of tensors that have dimensions of 1 which ours lack
 
     def our_name(self, name):
         """Our name of a tensor of the reference, or None if the model has no such tensor."""
@@ -137,7 +139,7 @@ def _sizes_of_transformer_xl(weights):
 def _idle_in_transformer_xl(name, weights):
     if name != "pos_emb.inv_freq":
         return None
-    width = 2 * len(weights[name])
+    width = _sizes_of_transformer_xl(weights)["width"]
     return 10000 ** -(torch.arange(0, width, 2, dtype=torch.float) / width)
 
 
@@ -187,6 +189,7 @@ FAMILIES = {
         settings=("window",),
         sizes=_sizes_of_sha_rnn,
         idle=_idle_in_sha_rnn,
+        singletons=r"\.attn\.[qkv]s$",
     ),
     "transformer_xl": Family(
         model=TransformerXL,
@@ -212,6 +215,7 @@ FAMILIES = {
         settings=("n_head", "mem_len", "clamp_len", "same_length"),
         sizes=_sizes_of_transformer_xl,
         idle=_idle_in_transformer_xl,
+        singletons="$^",
     ),
     "adaptive_span": Family(
         model=AdaptiveSpan,
@@ -238,6 +242,7 @@ FAMILIES = {
         settings=("n_head", "attn_span", "adapt_span_ramp"),
         sizes=_sizes_of_adaptive_span,
         idle=_idle_in_adaptive_span,
+        singletons=r"^key_pe$|\.current_val$",
     ),
 }
 
@@ -319,7 +324,7 @@ def build_config(name, family, weights, settings):
             OmegaConf.structured(family.config(**sizes)),
             OmegaConf.from_dotlist([f"{field}={value}" for field, value in given.items()]),
         )
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"--set {' '.join(settings)}: {str(error).splitlines()[0]}")
     for field in set(given) & set(sizes):
         if cfg[field] != sizes[field]:
@@ -352,11 +357,13 @@ def convert(family, weights, shapes):
                 f"{reference!r} has no place in this model; leave it out if it is not needed"
             )
         shape = shapes[name]
-        if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
+        bare = value.squeeze() if re.search(family.singletons, reference) else value
+        if bare.shape != shape:
+            rows = ", one row for each symbol" if name in family.vocabulary else ""
             raise UserError(
-                f"{reference!r} has the shape {list(value.shape)}; expected {list(shape)}"
+                f"{reference!r} has the shape {list(value.shape)}; expected {list(shape)}{rows}"
             )
-        value = value.reshape(shape).float()
+        value = bare.float()
         if name in converted and not torch.equal(converted[name], value):
             raise UserError(
                 f"{reference!r} differs from {family.reference_name(name)!r}, which it is tied to"
@@ -404,8 +411,8 @@ def check_symbols(symbols, dictionary, folder):
                 )
 
 
-def make_checkpoint(name, family, cfg, state, folder):
-    """What fairseq loads: weights, and the configs of model and task."""
+def make_checkpoint(name, cfg, model, folder):
+    """What fairseq loads: weights, and the configs of model, task and criterion."""
     root = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True)
     root["model"] = {**OmegaConf.to_container(cfg, enum_to_str=True), "_name": name}
     task = OmegaConf.to_container(OmegaConf.structured(ByteLanguageModelingConfig))
@@ -417,11 +424,13 @@ def make_checkpoint(name, family, cfg, state, folder):
         "train_subset": root["dataset"]["train_subset"],
     }
     criterion = OmegaConf.to_container(OmegaConf.structured(CrossEntropyCriterionConfig))
-    root["criterion"] = {**criterion, "_name": "cross_entropy", "sentence_avg": False}
+    with_losses = model.decoder.has_auxiliary_losses
+    criterion["_name"] = "cross_entropy" + "_with_auxiliary_losses" * with_losses
+    root["criterion"] = {**criterion, "sentence_avg": False}
     return {
         "args": None,
         "cfg": root,
-        "model": state,
+        "model": model.state_dict(),
         "criterion": None,
         "optimizer_history": [
             {
@@ -452,8 +461,8 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=()):
     task = ByteLanguageModelingTask(ByteLanguageModelingConfig(data=folder), dictionary)
     model = family.model.build_model(cfg, task)
     shapes = {
-        name: (len(symbols), *p.shape[1:]) if name in family.vocabulary else tuple(p.shape)
-        for name, p in model.decoder.named_parameters()
+        key: (len(symbols), *p.shape[1:]) if key in family.vocabulary else tuple(p.shape)
+        for key, p in model.decoder.named_parameters()
     }
     converted = convert(family, weights, shapes)
     for tensor in family.vocabulary:
@@ -462,7 +471,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=()):
     model.load_state_dict(state)
     unfinished = f"{save}.unfinished"
     try:
-        torch.save(make_checkpoint(name, family, cfg, model.state_dict(), folder), unfinished)
+        torch.save(make_checkpoint(name, cfg, model, folder), unfinished)
         os.replace(unfinished, save)
     except (OSError, RuntimeError) as error:
         if os.path.exists(unfinished):

@@ -21,7 +21,7 @@ TRAINING = {
     TransformerXL: f"""{COMMON} --arch transformer_xl --mem-len 60
         --optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 0.25""",
     AdaptiveSpan: f"""{COMMON} --arch adaptive_span --attn-span 100 --adapt-span-ramp 8
-        --adapt-span-init 0.3 --adapt-span-loss 1e-4
+        --adapt-span-init 0 --adapt-span-loss 1e-2
         --optimizer clipped_adagrad --lr 0.07 --warmup-updates 5
         --criterion cross_entropy_with_auxiliary_losses""",
 }
@@ -56,9 +56,10 @@ def test_spans_stay_in_bounds_and_are_logged(trained):
     assert "span_loss" not in re.search(r"valid on 'valid'.*", output).group()
     weights = torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
     spans = torch.cat([value for name, value in weights.items() if name.endswith("span")])
-    assert len(spans) == 4 and 0 <= spans.min() and spans.max() <= 1
+    # The loss would drive them below 0.
+    assert len(spans) == 4 and spans.min() == 0 and spans.max() <= 1
     first = re.search(r"train_inner.*?span_max=([0-9.]+)", output).group(1)
-    assert float(first) == pytest.approx(30) and spans.max() * 100 != 30
+    assert float(first) == 0
 
 
 def test_resumed_run_repeats_the_uninterrupted_one(data, trained, tmp_path):

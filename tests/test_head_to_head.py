@@ -179,7 +179,7 @@ def test_report_sums_up(finished):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:4] == ["7,952", f"{found['valid']['bits']:.3f}", f"{found['test']['bits']:.3f}"]
     assert "Not finished: bad seed 1." in table
-    assert "Each model had 100 updates of training." in table
+    assert "The budget was 100 updates of training;" in table
     everything = json.loads((out / "results.json").read_text())
     assert everything["command"].endswith(shlex.join(map(str, options)))
     assert torch.__version__.startswith(everything["machine"]["torch"])

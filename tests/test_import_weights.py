@@ -19,7 +19,6 @@ from tests.models import golden
 from tests.test_commands import REPOSITORY, RunsCode, in_process
 from tests.tiny_corpus import write_split
 
-# What the references' state dicts hold besides parameters.
 CASES = {
     (family, name): case
     for family in ("sha_rnn", "transformer_xl", "adaptive_span")
@@ -225,7 +224,12 @@ def rename(weights, old, new):
         (
             "adaptive_span",
             altered(lambda w: w.update({"out_emb.bias": torch.zeros(28)})),
-            r"'out_emb.bias' has the shape \[28\]; expected \[29\]",
+            r"'out_emb.bias' has the shape \[28\]; expected \[29\], one row for each symbol",
+        ),
+        (
+            "adaptive_span",
+            altered(lambda w: w.update({"layers.1.norm2.bias": torch.zeros(1, 16)})),
+            r"'layers.1.norm2.bias' has the shape \[1, 16\]; expected \[16\]",
         ),
         (
             "transformer_xl",
@@ -289,6 +293,16 @@ def test_what_does_not_fit_is_named(make, family, change, message):
     assert not imported.save.exists() and not list(imported.save.parent.glob("*.unfinished"))
 
 
+@pytest.mark.parametrize("family, name", [("sha_rnn", "no_head"), ("adaptive_span", "short")])
+def test_validate_command_takes_the_checkpoint(make, monkeypatch, caplog, capsys, family, name):
+    imported = make(family, name)
+    imported.run()
+    options = ["--cpu", "--valid-subset", "test", "--batch-size", 1, "--path", imported.save]
+    text = in_process("validate", monkeypatch, caplog, imported.data, *options)
+    text += capsys.readouterr().out
+    assert "valid on 'test' subset" in text
+
+
 def test_symbols_that_no_data_uses_may_be_missing_from_the_weights(make):
     imported = make("sha_rnn", "no_head")
     lines = (imported.data / "dict.txt").read_text().splitlines()
@@ -304,6 +318,7 @@ def test_symbols_that_no_data_uses_may_be_missing_from_the_weights(make):
         ("width=16", "give name=value with one of n_head, mem_len"),
         ("n_head=4", "the shapes of the weights say 2"),
         ("mem_len=many", "mem_len"),
+        ("mem_len=[", "mem_len"),
         ("mem_len=-3", "--mem-len -3"),
     ],
 )

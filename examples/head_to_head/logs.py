@@ -35,7 +35,10 @@ def read_training(text):
             steady = False
         if not line.startswith('{"epoch"'):
             continue
-        stats = json.loads(line)
+        try:
+            stats = json.loads(line)
+        except ValueError:  # still being written, or cut off when the run was killed
+            continue
         if "valid_num_updates" in stats:
             valid[int(stats["valid_num_updates"])] = bits(stats, "valid_")
             steady = False

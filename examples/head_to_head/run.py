@@ -128,8 +128,6 @@ def compare(args):
                     multirun(args, model, updates[model.name])
             except RunFailed as error:
                 print(f"{model.name} {error}", flush=True)
-                failures.append(f"{model.name} (through {args.launcher})")
-                del updates[model.name]
     for number, (model, seed) in enumerate(runs, 1):
         if model.name in updates:
             title = f"[{number}/{len(runs)}] {model.name}, seed {seed}"
@@ -166,6 +164,11 @@ def load(args):
         raise UserError(f"{recipes.TOOLS} has no fairseq-hydra-train; use the Python beside it")
     args.data, args.out = from_root(args.data), from_root(args.out)
     args.seeds = list(dict.fromkeys(args.seeds))
+    if args.launcher and args.seconds:
+        raise UserError(
+            "--seconds with --launcher: speed would be measured here, not where the jobs run; give "
+            "--updates or --bytes"
+        )
     models = {}
     for path in args.configs:
         model = recipes.load(path, args.data, args.set)
@@ -338,6 +341,8 @@ def run(args, model, seed, updates, title):
         update, bits = training.train[-1]
         return f"update {update:,} of {updates:,}, {bits:.2f} bits per byte"
 
+    if not is_trained(read(log)) and args.launcher:
+        raise RunFailed(f"was not trained; see {model_folder / 'multirun.log'}")
     if not is_trained(read(log)):
         mend_checkpoint(folder / "checkpoints")
         command = recipes.train_command(model, model_folder, folder, seed, updates)
@@ -420,6 +425,11 @@ def result_of(folder, name, seed, updates):
     """Everything that is to be known about a finished run, from its logs."""
     text = read(folder / "train.log")
     training = logs.read_training(text)
+    if "Stopping training due to num_updates" not in text:
+        raise RunFailed(
+            f"ended after some {training.train[-1][0]:,} of {updates:,} updates: something in its "
+            "config stopped it; remove that, and the run's folder"
+        )
     tokens, seconds = training.tokens_per_update, training.seconds_per_update
 
     def curve(points):

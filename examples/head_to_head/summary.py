@@ -65,8 +65,8 @@ def table(rows, settings, missing):
 
     lines = [
         "| model | parameters | bits per byte, valid | test | tokens/s, training | "
-        "tokens/s, evaluation | peak memory, MB | bytes seen |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "tokens/s, evaluation | peak memory, MB | bytes seen | training, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         cells = [row["model"], f"{row['parameters']:,}", bits(row, "valid"), bits(row, "test")]
@@ -74,8 +74,9 @@ def table(rows, settings, missing):
             cells.append(f"{row[key]:,.0f}")
         peak = row["peak_memory_mb"]
         cells += ["–" if peak is None else f"{peak:,}", f"{row['bytes']:,.0f}"]
+        cells.append(f"{row['training_seconds']:,.0f}")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Each model had {settings['budget']} of training."]
+    lines += ["", f"The budget was {settings['budget']} of training; seconds are those measured."]
     if any(len(row["seeds"]) > 1 for row in rows):
         seeds = ", ".join(f"{row['model']} {len(row['seeds'])}" for row in rows)
         lines += [f"Bits: mean over seeds ± half of their range (seeds: {seeds})."]

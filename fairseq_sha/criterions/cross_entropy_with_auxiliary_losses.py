@@ -2,6 +2,7 @@
 
 import math
 
+from fairseq import utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.logging import metrics
@@ -12,8 +13,8 @@ class CrossEntropyWithAuxiliaryLosses(CrossEntropyCriterion):
     """fairseq's cross_entropy plus the ``auxiliary_losses`` that the model's output holds beside
     the logits (:meth:`~fairseq_sha.models.segment_decoder.SegmentDecoder.extra`).
 
-    Those are given in training only and in nats per prediction. Each is logged by its name, in
-    bits as all losses are, and so are the model's ``statistics``. ``nll_loss`` is the
+    Those are given in training only and in nats per prediction. Each is logged by its name in bits,
+    as all losses are, and each of the model's ``statistics`` as it is. ``nll_loss`` is the
     cross-entropy alone; in evaluation ``loss`` is the same.
     """
 
@@ -22,7 +23,7 @@ class CrossEntropyWithAuxiliaryLosses(CrossEntropyCriterion):
         loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
         ntokens, nsentences = sample["ntokens"], sample["target"].size(0)
         sample_size = nsentences if self.sentence_avg else ntokens
-        extra = net_output[1] or {}
+        extra = net_output[1] if isinstance(net_output[1], dict) else {}
         logging_output = {"nll_loss": loss.data}
         for name, value in extra.get("auxiliary_losses", {}).items():
             loss = loss + value * ntokens
@@ -36,15 +37,14 @@ class CrossEntropyWithAuxiliaryLosses(CrossEntropyCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs):
-        """Log means over tokens; ``loss`` by sample_size, as fairseq does."""
-        CrossEntropyCriterion.reduce_metrics(logging_outputs)
+        """Log means over tokens, but of ``loss`` over what the gradient is divided by."""
         totals = {}
         for output in logging_outputs:
             for name, value in output.items():
                 totals[name] = totals.get(name, 0) + value
-        ntokens = totals["ntokens"]
-        metrics.log_scalar(
-            "nll_loss", totals.pop("nll_loss") / ntokens / math.log(2), ntokens, round=3
-        )
-        for name in sorted(set(totals) - {"loss", "ntokens", "nsentences", "sample_size"}):
+        ntokens, sample_size = totals["ntokens"], totals["sample_size"]
+        for name, count in (("loss", sample_size), ("nll_loss", ntokens)):
+            metrics.log_scalar(name, totals.pop(name) / count / math.log(2), count, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        for name in sorted(set(totals) - {"ntokens", "nsentences", "sample_size"}):
             metrics.log_scalar(name, totals[name] / ntokens, ntokens, priority=460, round=4)

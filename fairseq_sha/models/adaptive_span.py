@@ -120,7 +120,9 @@ class AdaptiveAttention(nn.Module):
     def mask(self, trimmed):
         """The soft mask of each head on the keys before a query: ``[heads, L - trimmed]``"""
         distances = torch.arange(trimmed, self.attn_span, device=self.span.device)
-        reach = distances - (self.attn_span - 1) + self.span.unsqueeze(1) * self.attn_span
+        # In float32: a half-precision number of thousands of tokens is too coarse for the ramp.
+        spans = self.span.float().unsqueeze(1) * self.attn_span
+        reach = distances - (self.attn_span - 1) + spans
         return (reach / self.ramp + 1).clamp(0, 1)
 
 
@@ -166,7 +168,7 @@ class AdaptiveSpanDecoder(SegmentDecoder):
 
     def extra(self):
         """The loss that keeps spans short (section 2.2), and their lengths in tokens."""
-        spans = self.spans() * self.attn_span
+        spans = self.spans().float() * self.attn_span
         return {
             "auxiliary_losses": {"span_loss": self.span_loss * spans.mean(1).sum()},
             "statistics": {"span_mean": spans.detach().mean(), "span_max": spans.detach().max()},

@@ -128,8 +128,8 @@ class TransformerXLLayer(nn.Module):
         this layer, ``[rows <= mem_len, B, H]``."""
         # Keys and values are computed anew from what the memory holds (section 3.2).
         memory = state["memory"] if state else h[:0]
-        rows = torch.cat([memory, h])
-        left = rows[max(len(rows) - self.mem_len, 0) :]
+        old = max(len(memory) + len(h) - self.mem_len, 0)
+        left = torch.cat([memory[old:], h[max(old - len(memory), 0) :]])
         attended = self.attention(h, memory, positions, u, w)
         h = self.norm_attention(h + dropout(attended, self.p, self.training))
         wide = dropout(self.feed_forward(h), self.p, self.training)

@@ -8,14 +8,17 @@ EPS = 1e-8
 def masked_softmax(scores, mask):
     """``a = p / (sum(p) + 1e-8)`` with ``p = softmax(scores) * mask``, over the last dimension.
 
+    It is computed in float32 or wider: in half precision the small number would be 0.
+
     Args:
         scores (Tensor): ``[B, heads, T, K]``
         mask (Tensor): ``[heads, T, K]``, in [0, 1]
 
     Returns:
-        Tensor ``[B, heads, T, K]``
+        Tensor ``[B, heads, T, K]``, of the type of ``scores``
     """
-    return _MaskedSoftmax.apply(scores, mask)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return _MaskedSoftmax.apply(scores.to(wide), mask.to(wide)).to(scores.dtype)
 
 
 def masked_softmax_reference(scores, mask):

@@ -87,11 +87,13 @@ class FairseqClippedAdagrad(PerTensorOptimizer):
 
     def __init__(self, cfg, params):
         super().__init__(cfg)
-        for name in ("adagrad_clip", "adagrad_eps"):
-            if not getattr(cfg, name) >= 0:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
-                )
+        if not cfg.adagrad_clip >= 0:
+            raise UserError(f"--adagrad-clip {cfg.adagrad_clip}: must not be negative")
+        if not cfg.adagrad_eps > 0:
+            raise UserError(
+                f"--adagrad-eps {cfg.adagrad_eps}: must be positive; what has had no gradient yet "
+                "is divided by it"
+            )
         self._optimizer = ClippedAdagrad(params, **self.optimizer_config)
 
     @property

@@ -142,6 +142,9 @@ class FairseqMinTrustLAMB(PerTensorOptimizer):
                     f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
                 )
         self._optimizer = MinTrustLAMB(params, **self.optimizer_config)
+        if cfg.log_trust_ratios:
+            # Not in step(), which mixed precision passes by.
+            self._optimizer.register_step_post_hook(lambda *_: self.log())
 
     @property
     def optimizer_config(self):
@@ -153,15 +156,16 @@ class FairseqMinTrustLAMB(PerTensorOptimizer):
             "min_trust": self.cfg.min_trust,
         }
 
-    def step(self, closure=None, scale=1.0, groups=None):
-        super().step(closure, scale, groups)
-        if self.cfg.log_trust_ratios and self.optimizer.trust_ratios is not None:
-            ratios = self.optimizer.trust_ratios.float()
-            at_bound = (ratios <= self.cfg.min_trust).float().mean() * 100
-            for name, value in (
-                ("trust_min", ratios.min()),
-                ("trust_mean", ratios.mean()),
-                ("trust_max", ratios.max()),
-                ("trust_at_bound", at_bound),
-            ):
-                metrics.log_scalar(name, value.item(), priority=450, round=4)
+    def log(self):
+        ratios = self.optimizer.trust_ratios
+        if ratios is None:
+            return
+        ratios = ratios.float()
+        at_bound = (ratios <= self.cfg.min_trust).float().mean() * 100
+        for name, value in (
+            ("trust_min", ratios.min()),
+            ("trust_mean", ratios.mean()),
+            ("trust_max", ratios.max()),
+            ("trust_at_bound", at_bound),
+        ):
+            metrics.log_scalar(name, value.item(), priority=450, round=4)

@@ -18,7 +18,7 @@ from fairseq.data import (
     PrependTokenDataset,
 )
 from fairseq.dataclass import FairseqDataclass
-from fairseq.optim import FP16Optimizer
+from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
 from omegaconf import II
@@ -107,7 +107,13 @@ class SegmentLanguageModelingTask(FairseqTask):
                     "parameters cannot keep; add --fp16-no-flatten-grads"
                 )
             masters = dict(zip(optimizer.fp16_params, optimizer.fp32_params))
-        super().optimizer_step(optimizer, model, update_num)
+        if isinstance(optimizer, AMPOptimizer):
+            # fairseq has torch's scaler unscale the gradients of one object and step another, for
+            # which they would be unscaled once more.
+            optimizer.scaler.step(optimizer.optimizer)
+            optimizer.scaler.update()
+        else:
+            super().optimizer_step(optimizer, model, update_num)
         with torch.no_grad():
             for parameter, low, high in bounded:
                 parameter.clamp_(low, high)

@@ -56,9 +56,10 @@ def test_evaluation_leaves_them_out(model):
     assert set(logged) == {"loss", "nll_loss", "ntokens", "nsentences", "sample_size"}
 
 
-def test_what_is_logged_is_in_bits_and_per_token(model):
+@pytest.mark.parametrize("sentence_avg", [False, True])
+def test_what_is_logged_is_in_bits_and_per_token(model, sentence_avg):
     batches = [sample(), sample()]
-    outputs = [criterion()(model, batch)[2] for batch in batches]
+    outputs = [criterion(sentence_avg)(model, batch)[2] for batch in batches]
     with metrics.aggregate() as aggregated:
         CrossEntropyWithAuxiliaryLosses.reduce_metrics(outputs)
     values = aggregated.get_smoothed_values()
@@ -66,5 +67,7 @@ def test_what_is_logged_is_in_bits_and_per_token(model):
     span_bits = 2 * LOSS * 0.5 * 20 / math.log(2)
     assert float(values["nll_loss"]) == pytest.approx(bits, abs=1e-3)
     assert float(values["span_loss"]) == pytest.approx(span_bits, abs=1e-4)
-    assert float(values["loss"]) == pytest.approx(bits + span_bits, abs=1e-3)
+    per_loss = 36 / 6 if sentence_avg else 1
+    assert float(values["loss"]) == pytest.approx((bits + span_bits) * per_loss, abs=1e-3)
+    assert float(values["ppl"]) == pytest.approx(2**bits, abs=0.02 * 2**bits)
     assert float(values["span_mean"]) == float(values["span_max"]) == pytest.approx(10)

@@ -219,6 +219,33 @@ def test_dropout_falls_where_the_paper_has_it(monkeypatch):
     assert seen == []
 
 
+def test_initial_weights_are_the_published_ones():
+    model = decoder(vocabulary=200, width=256, attn_span=512, adapt_span_init=0.25)
+    for normal in (model.embedding.weight, model.key_positions):
+        assert normal.mean().item() == pytest.approx(0, abs=0.02)
+        assert normal.std().item() == pytest.approx(1, rel=0.02)
+    assert torch.equal(model.spans(), torch.full((2, 2), 0.25))
+    uniform = 256**-0.5  # torch's bound for linear maps
+    for weight in (model.output_weight, model.output_bias, model.layers[1].attention.key.weight):
+        assert 0.9 * uniform < weight.abs().max() <= uniform
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mask_and_losses_stand_half_precision(dtype):
+    """Spans of thousands of tokens, and their sum over layers, in numbers of few digits."""
+    model = decoder(attn_span=8192, num_layers=12, adapt_span_init=0.9, adapt_span_loss=1.0)
+    expected = model.layers[0].attention.mask(0)
+    loss = model.extra()["auxiliary_losses"]["span_loss"]
+    model.to(dtype)
+    rounded = model.layers[0].attention.span[0].float() * 8192
+    mask = model.layers[0].attention.mask(0)
+    assert mask.dtype == torch.float32 and len(mask.unique()) >= len(expected.unique()) - 1
+    assert 8192 - int((mask[0] == 0).sum()) == pytest.approx(float(rounded) + 32 * 4 / 32, abs=2)
+    halved = model.extra()
+    torch.testing.assert_close(halved["auxiliary_losses"]["span_loss"], loss, rtol=0.01, atol=0)
+    assert halved["statistics"]["span_max"] * 512 * 64 > 65504  # the type of fp16 would overflow
+
+
 def test_auxiliary_losses_are_for_training_only():
     model = decoder(adapt_span_init=0.5)
     _, extra = model(torch.randint(29, (3, 5)))

@@ -149,6 +149,8 @@ def test_memory_is_bounded_and_detached(mem_len):
         kept = model.carried._kept["train", True].after
         assert [len(layer["memory"]) for layer in kept] == [min(7 * (index + 1), mem_len)] * 2
         assert not any(layer["memory"].requires_grad for layer in kept)
+        for layer in kept:  # no rows behind a view
+            assert layer["memory"].untyped_storage().nbytes() == 4 * layer["memory"].numel()
 
 
 def test_dropout_acts_in_training_only():
@@ -186,7 +188,10 @@ def test_initial_weights_have_the_published_spread():
     model = decoder(width=256, d_inner=512)
     linear = model.layers[0].feed_forward.linear1
     norms = torch.cat([m.weight for m in model.modules() if isinstance(m, torch.nn.LayerNorm)])
-    for tensor in (linear.weight, model.embedding.weight, model.content_bias, norms - 1):
+    attention = model.layers[1].attention
+    drawn = [linear.weight, attention.query_key_value.weight, attention.position.weight]
+    drawn += [model.embedding.weight, model.content_bias, model.position_bias, norms - 1]
+    for tensor in drawn:
         assert tensor.std().item() == pytest.approx(0.02, rel=0.1)
     assert not linear.bias.any() and not model.output_bias.any()
 

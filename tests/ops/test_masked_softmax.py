@@ -29,6 +29,13 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(masked_softmax, (scores, mask))
 
 
+def test_half_precision_divides_by_no_zero():
+    scores = torch.tensor([[[[40.0, 0.0]]]], dtype=torch.float16)
+    mask = torch.tensor([[[0.0, 1.0]]])  # what is left has a weight of e^-40
+    weights = masked_softmax(scores, mask)
+    assert weights.dtype == torch.float16 and torch.equal(weights, torch.zeros_like(weights))
+
+
 def test_weights_sum_to_one_where_something_is_reached():
     scores, mask = inputs()
     sums = masked_softmax(scores, mask).sum(-1)

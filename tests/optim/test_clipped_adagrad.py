@@ -63,10 +63,10 @@ def config(**fields):
     return cfg
 
 
-@pytest.mark.parametrize("name", ["adagrad_clip", "adagrad_eps"])
-def test_impossible_settings_are_named(name):
+@pytest.mark.parametrize("name, value", [("adagrad_clip", -1.0), ("adagrad_eps", 0.0)])
+def test_impossible_settings_are_named(name, value):
     with pytest.raises(UserError, match="--" + name.replace("_", "-")):
-        FairseqClippedAdagrad(config(**{name: -1.0}), random_params())
+        FairseqClippedAdagrad(config(**{name: value}), random_params())
 
 
 def test_flat_parameters_are_refused():

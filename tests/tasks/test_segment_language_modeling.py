@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.models import FairseqLanguageModel
-from fairseq.optim import FP16Optimizer
+from fairseq.optim import AMPOptimizer, FP16Optimizer
+from fairseq.optim.sgd import SGD as FairseqSGD
+from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
 from fairseq_sha.tasks.segment_language_modeling import (
@@ -35,6 +37,40 @@ def test_parameters_are_clamped_to_their_bounds(model):
     spans = [layer.attention.span for layer in model.decoder.layers]
     update(SimpleNamespace(step=lambda: leave_bounds(spans)), model)
     assert [span.tolist() for span in spans] == [[0, 0], [1, 1]]
+
+
+class Scaler:
+    """Torch's gradient scaler, as far as it matters here: each object has a state of its own."""
+
+    def __init__(self, scale):
+        self.scale, self.unscaled, self.updates = scale, set(), 0
+
+    def unscale_(self, optimizer):
+        self.unscaled.add(id(optimizer))
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad.div_(self.scale)
+
+    def step(self, optimizer):
+        if id(optimizer) not in self.unscaled:
+            self.unscale_(optimizer)
+        optimizer.step()
+
+    def update(self):
+        self.updates += 1
+
+
+def test_automatic_mixed_precision_unscales_gradients_once():
+    """fairseq's own step would do it twice, which Adam hides and a clipped step does not."""
+    param = torch.nn.Parameter(torch.zeros(1))
+    param.grad = torch.full((1,), 128.0)
+    cfg = OmegaConf.create({"lr": [0.5], "momentum": 0.0, "weight_decay": 0.0})
+    wrapped = FairseqSGD(cfg, [param])
+    optimizer = AMPOptimizer.__new__(AMPOptimizer)
+    optimizer.fp32_optimizer, optimizer._grad_scaler = wrapped, Scaler(128.0)
+    optimizer.clip_grad_norm(10.0)
+    update(optimizer, FairseqLanguageModel(decoder()))
+    assert param.item() == -0.5 and optimizer.scaler.updates == 1
 
 
 def mixed_precision(model, fp32_params):
