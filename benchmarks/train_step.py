@@ -28,9 +28,8 @@ def transcription(decoder, tokens, state, training):
     h = drop(F.embedding(tokens, decoder.embedding.weight))
     left = []
     for layer, before in zip(decoder.layers, state or [{}] * len(decoder.layers)):
-        start = (before["h"], before["c"]) if before else None
-        h, (last_h, last_c) = layer.lstm(layer.norm_start(h), start)
-        after = {"h": last_h.detach(), "c": last_c.detach()}
+        h, after = layer.cell(layer.norm_start(h), before)
+        after = {key: tensor.detach() for key, tensor in after.items()}
         h = drop(h)
         if layer.attention is not None:
             head = layer.attention
@@ -73,7 +72,7 @@ def floor(decoder, length, streams, rows, backward):
     def run():
         outputs = []
         for layer in decoder.layers:
-            outputs += [layer.lstm(x)[0], layer.boom.linear(x)]
+            outputs += [layer.cell(x, {})[0], layer.boom.linear(x)]
             if layer.attention is not None:
                 outputs += [layer.attention.query(x), queries @ memory.transpose(1, 2)]
                 outputs += [weights @ memory]

@@ -31,6 +31,7 @@ from fairseq_sha.data import ByteDictionary, Corpus
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.adaptive_span import AdaptiveSpan, AdaptiveSpanConfig
 from fairseq_sha.models.sha_rnn import SHARNN, SHARNNConfig
+from fairseq_sha.models.srupp import SRUpp, SRUppConfig
 from fairseq_sha.models.transformer_xl import TransformerXL, TransformerXLConfig
 from fairseq_sha.tasks.byte_language_modeling import (
     ByteLanguageModelingConfig,
@@ -59,6 +60,9 @@ class Family:
     sizes: Callable  # weights -> fields of the config that shapes show
     idle: Callable  # name, weights -> what a tensor that takes no part must be; None: it takes part
     singletons: str  # expression for names of tensors that have dimensions of 1 which ours lack
+    prepare: Callable = (
+        dict  # weights -> the same, what is laid out otherwise brought into our order
+    )
 
     def our_name(self, name):
         """Our name of a tensor of the reference, or None if the model has no such tensor."""
@@ -160,6 +164,40 @@ def _idle_in_adaptive_span(name, weights):
     return torch.arange(1.0 - weights[name].numel(), 1.0)
 
 
+def _prepare_srupp(weights):
+    """Recurrence parameters ``[2 D]`` as ``[2, D]``; rows of the last map from unit by unit to gate
+    by gate; that map's name in layers without attention is the other layers'."""
+    prepared = {}
+    for name, value in weights.items():
+        layer, linear = re.match(r"(.*\.transform_module\.)(linear\d)\.weight|", name).groups()
+        if linear == "linear2" and f"{layer}alpha" not in weights:
+            name, linear = f"{layer}linear3.weight", "linear3"
+        if linear == "linear3" and value.dim() == 2 and len(value) % 3 == 0:
+            value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+        if re.search(r"\.(weight_c|bias)$", name) and "rnn_lst" in name and value.dim() == 1:
+            if "layer_norm" not in name and len(value) % 2 == 0:
+                value = value.unflatten(0, (2, -1))
+        prepared[name] = value
+    return prepared
+
+
+def _sizes_of_srupp(weights):
+    prefix = "rnn.rnn_lst"
+    num_layers = _num_layers(weights, prefix)
+    attends = [f"{prefix}.{i}.transform_module.alpha" in weights for i in range(num_layers)]
+    return {
+        "width": _shape(weights, "embedding_layer.weight", 2)[1],
+        "projection": _shape(weights, f"{prefix}.0.transform_module.linear1.weight", 2)[0],
+        "num_layers": num_layers,
+        "attn_every_n_layers": 1 + attends.index(True) if True in attends else num_layers + 1,
+        "layer_norm": f"{prefix}.0.layer_norm.weight" in weights,
+    }
+
+
+def _idle_in_srupp(name, weights):
+    return torch.ones_like(weights[name]) if name.endswith(".scale_x") else None
+
+
 FAMILIES = {
     "sha_rnn": Family(
         model=SHARNN,
@@ -171,7 +209,7 @@ FAMILIES = {
             "decoder.bias": "output_bias",
         },
         layer_names={
-            "rnn": "lstm",
+            "rnn": "cell",
             "lnstart": "norm_start",
             "lnmem": "norm_memory",
             "lnmid": "norm_mid",
@@ -243,6 +281,32 @@ FAMILIES = {
         sizes=_sizes_of_adaptive_span,
         idle=_idle_in_adaptive_span,
         singletons=r"^key_pe$|\.current_val$",
+    ),
+    "srupp": Family(
+        model=SRUpp,
+        config=SRUppConfig,
+        layer_prefix="rnn.rnn_lst",
+        whole_names={
+            "embedding_layer.weight": "embedding.weight",
+            "output_layer.weight": "output_weight",
+            "output_layer.bias": "output_bias",
+        },
+        layer_names={
+            "weight_c": "weight",
+            "bias": "bias",
+            "layer_norm": "norm_input",
+            "transform_module.alpha": "alpha",
+            "transform_module.layer_norm": "norm",
+            "transform_module.linear1": "project",
+            "transform_module.linear2": "key_value",
+            "transform_module.linear3": "expand",
+        },
+        vocabulary=("embedding.weight", "output_weight", "output_bias"),
+        settings=("n_head", "attn_every_n_layers", "eval_unroll"),
+        sizes=_sizes_of_srupp,
+        idle=_idle_in_srupp,
+        singletons="$^",
+        prepare=_prepare_srupp,
     ),
 }
 
@@ -453,7 +517,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=()):
         UserError: whatever is wrong, before anything is written
     """
     family = FAMILIES[name]
-    weights = read_weights(weights_path)
+    weights = family.prepare(read_weights(weights_path))
     symbols = read_symbols(symbols_path)
     dictionary = ByteDictionary.load(os.path.join(folder, "dict.txt"))
     check_symbols(symbols, dictionary, folder)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from fairseq_sha.models.adaptive_span import AdaptiveSpan
+from fairseq_sha.models.min_rnn import MinRNN
+from fairseq_sha.models.srupp import SRUpp
 from fairseq_sha.models.transformer_xl import TransformerXL
 from tests.test_commands import command, in_process, logged_losses
 from tests.tiny_corpus import write_folder
@@ -13,17 +15,21 @@ from tests.tiny_corpus import write_folder
 TEST_BYTES = 833
 
 COMMON = """
-    --width 16 --num-layers 2 --n-head 2 --d-inner 32 --dropout 0.1
+    --width 16 --num-layers 2 --dropout 0.1
     --tokens-per-sample 40 --random-segment-lengths --batch-size 4
     --log-interval 1 --log-format simple --cpu --save-interval-updates 7 --no-epoch-checkpoints
 """
 TRAINING = {
-    TransformerXL: f"""{COMMON} --arch transformer_xl --mem-len 60
+    TransformerXL: f"""{COMMON} --arch transformer_xl --n-head 2 --d-inner 32 --mem-len 60
         --optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 0.25""",
-    AdaptiveSpan: f"""{COMMON} --arch adaptive_span --attn-span 100 --adapt-span-ramp 8
-        --adapt-span-init 0 --adapt-span-loss 1e-2
+    AdaptiveSpan: f"""{COMMON} --arch adaptive_span --n-head 2 --d-inner 32
+        --attn-span 100 --adapt-span-ramp 8 --adapt-span-init 0 --adapt-span-loss 1e-2
         --optimizer clipped_adagrad --lr 0.07 --warmup-updates 5
         --criterion cross_entropy_with_auxiliary_losses""",
+    SRUpp: f"""{COMMON} --arch srupp --projection 8 --attn-every-n-layers 2 --eval-unroll 40
+        --optimizer radam --weight-decay 0.1 --lr 0.02 --warmup-updates 5 --clip-norm 1.0""",
+    MinRNN: f"""{COMMON} --arch min_rnn --cell min_lstm --d-inner 32
+        --optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 1.0""",
 }
 
 
@@ -103,7 +109,9 @@ def test_text_is_generated_and_scored(data, trained):
 
 
 def test_criterion_that_leaves_out_auxiliary_losses_is_refused(data, tmp_path):
-    options = f"{COMMON} --arch adaptive_span --optimizer adam --lr 0.01 --save-dir {tmp_path}"
+    options = (
+        f"{COMMON} --arch adaptive_span --n-head 2 --optimizer adam --lr 0.01 --save-dir {tmp_path}"
+    )
     done = command("fairseq-train", data, f"{options} --criterion cross_entropy")
     assert done.returncode != 0 and "Traceback" not in done.stdout
     expected = "error: --criterion cross_entropy: would leave out"

@@ -21,10 +21,10 @@ from tests.tiny_corpus import write_split
 
 CASES = {
     (family, name): case
-    for family in ("sha_rnn", "transformer_xl", "adaptive_span")
+    for family in ("sha_rnn", "transformer_xl", "adaptive_span", "srupp")
     for name, case in golden_cases(family).items()
 }
-TOKENS_FIRST = {"sha_rnn", "transformer_xl"}  # tokens of the case are [total, B]
+TOKENS_FIRST = {"sha_rnn", "transformer_xl", "srupp"}  # tokens of the case are [total, B]
 
 
 def settings(family, case):
@@ -38,6 +38,8 @@ def settings(family, case):
             f"clamp_len={max(int(values['clamp_len']), 0)}",
             f"same_length={bool(values['same_length'])}",
         ]
+    if family == "srupp":
+        return [f"n_head={int(values['n_head'])}", f"eval_unroll={int(case['segments'].sum())}"]
     return [f"attn_span={int(values['attn_span'])}", f"adapt_span_ramp={int(values['ramp'])}"]
 
 
@@ -51,6 +53,10 @@ def state_dict(family, case):
         weights["crit.out_layers.0.weight"] = tied.clone()
         exponents = torch.arange(0.0, tied.size(1), 2.0) / tied.size(1)
         weights["pos_emb.inv_freq"] = 1 / 10000**exponents
+    if family == "srupp":
+        for name in list(weights):
+            if name.endswith("weight_c"):
+                weights[name.replace("weight_c", "scale_x")] = torch.ones(1)
     if family == "adaptive_span":
         span = weights["key_pe"].size(2)
         for name in list(weights):
@@ -67,6 +73,7 @@ def tokens(family, case):
 
 def vocabulary_size(case):
     names = ("encoder.weight", "word_emb.emb_layers.0.weight", "in_emb.weight")
+    names += ("embedding_layer.weight",)
     return next(len(case[f"param/{name}"]) for name in names if f"param/{name}" in case)
 
 
@@ -118,7 +125,11 @@ def test_losses_are_the_reference_s(make, family, name):
     case = imported.case
     id_of = {byte: i for i, byte in enumerate(imported.dictionary.bytes_by_id())}
     ids = torch.tensor([id_of[byte] for byte in imported.rows])
-    pieces = golden.segments(ids[tokens(family, case)], case["segments"])
+    lengths = case["segments"]
+    if family == "srupp":
+        # Recorded as in training, where the memory is the segment before only.
+        lengths = lengths[:2]
+    pieces = golden.segments(ids[tokens(family, case)], lengths)
     for i, (inputs, targets) in enumerate(pieces):
         with torch.no_grad():
             logits, _ = model(inputs, segment=f"test:1:{i}")

@@ -1,3 +1,9 @@
 """Models. fairseq imports each file of this folder, which registers it."""
 
-from fairseq_sha.models import adaptive_span, sha_rnn, transformer_xl  # noqa: F401
+from fairseq_sha.models import (  # noqa: F401
+    adaptive_span,
+    min_rnn,
+    sha_rnn,
+    srupp,
+    transformer_xl,
+)

@@ -29,6 +29,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         dropout_embedding (float): on whole rows of the embedding matrix
         dropout_input (float): on the embedded tokens
         dropout_output (float): on the last layer's output
+        final_norm (nn.Module): for the last layer's output, or None
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         dropout_embedding=0.0,
         dropout_input=0.0,
         dropout_output=0.0,
+        final_norm=None,
     ):
         super().__init__(dictionary)
         self.embedding = nn.Embedding(len(dictionary), width)
         self.layers = nn.ModuleList(layers)
+        self.final_norm = final_norm
         if tied:
             self.output_weight = None
             self.output_bias = nn.Parameter(torch.zeros(len(dictionary)))
@@ -132,6 +135,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         for layer, before in zip(self.layers, state):
             h, after = layer(h, before, *shared)
             left.append(after)
+        if self.final_norm is not None:
+            h = self.final_norm(h)
         return dropout(h, self.dropout_output, self.training), left
 
     def shared_by_layers(self, h, state):

@@ -12,8 +12,24 @@ from torch import nn
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 from fairseq_sha.models.sizes import require_at_least, require_dropouts
-from fairseq_sha.modules import Boom, SingleHeadAttention
+from fairseq_sha.modules import (
+    LSTM,
+    SRU,
+    Boom,
+    LayerNormLSTM,
+    MinGRU,
+    MinLSTM,
+    SingleHeadAttention,
+)
 from fairseq_sha.ops import dropout
+
+CELLS = {
+    "lstm": LSTM,
+    "layer_norm_lstm": LayerNormLSTM,
+    "sru": SRU,
+    "min_gru": MinGRU,
+    "min_lstm": MinLSTM,
+}
 
 
 @dataclass
@@ -22,6 +38,13 @@ class SHARNNConfig(FairseqDataclass):
         default=1024, metadata={"help": "width H of embedding and layers (default: paper, enwik8)"}
     )
     num_layers: int = field(default=4, metadata={"help": "number of layers (default: paper)"})
+    cell: ChoiceEnum(list(CELLS)) = field(
+        default="lstm",
+        metadata={
+            "help": "recurrent cell: lstm, layer_norm_lstm (slow: a loop over time), sru, min_gru "
+            "or min_lstm (default: paper)"
+        },
+    )
     attention_layers: List[int] = field(
         default_factory=lambda: [2],
         metadata={
@@ -70,14 +93,14 @@ class SHARNNConfig(FairseqDataclass):
 
 
 class SHARNNLayer(nn.Module):
-    """An LSTM, a single attention head where ``attends``, and boom."""
+    """A recurrent cell, a single attention head where ``attends``, and boom."""
 
     def __init__(self, cfg, attends):
         super().__init__()
         self.p = cfg.dropout_hidden
         self.window = cfg.window
         self.norm_start = norm(cfg.width)
-        self.lstm = nn.LSTM(cfg.width, cfg.width)
+        self.cell = CELLS[str(cfg.cell)](cfg.width)
         self.attention = None
         if attends:
             self.norm_memory = norm(cfg.width)
@@ -93,12 +116,10 @@ class SHARNNLayer(nn.Module):
         self.boom = Boom(cfg.width, cfg.boom_multiple, cfg.dropout_hidden)
 
     def forward(self, h, state):
-        """``h [T, B, H]`` and state to the same; the state holds the LSTM's ``h`` and ``c``
-        ``[1, B, H]`` and, where the layer attends, ``memory [rows <= window, B, H]``."""
-        start = (state["h"], state["c"]) if state else None
-        # Not residual: the LSTM's output replaces h.
-        h, (last_h, last_c) = self.lstm(self.norm_start(h), start)
-        left = {"h": last_h, "c": last_c}
+        """``h [T, B, H]`` and state to the same; the state holds the cell's and, where the layer
+        attends, ``memory [rows <= window, B, H]``."""
+        # Not residual: the cell's output replaces h.
+        h, left = self.cell(self.norm_start(h), state)
         h = dropout(h, self.p, self.training)
         if self.attention is not None:
             visible, left["memory"] = self.extend(state.get("memory"), self.norm_memory(h))

@@ -1,6 +1,19 @@
 from fairseq_sha.modules.boom import Boom
+from fairseq_sha.modules.cells import LSTM, SRU, LayerNormLSTM, MinGRU, MinLSTM
 from fairseq_sha.modules.feed_forward import FeedForward
 from fairseq_sha.modules.overparameterised_vector import OverparameterisedVector
+from fairseq_sha.modules.rms_norm import RMSNorm
 from fairseq_sha.modules.single_head_attention import SingleHeadAttention
 
-__all__ = ["Boom", "FeedForward", "OverparameterisedVector", "SingleHeadAttention"]
+__all__ = [
+    "Boom",
+    "FeedForward",
+    "LSTM",
+    "LayerNormLSTM",
+    "MinGRU",
+    "MinLSTM",
+    "OverparameterisedVector",
+    "RMSNorm",
+    "SRU",
+    "SingleHeadAttention",
+]

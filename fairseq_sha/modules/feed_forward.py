@@ -7,20 +7,22 @@ from fairseq_sha.ops import dropout
 
 
 class FeedForward(nn.Module):
-    """``W_2 dropout(relu(W_1 h + b_1)) + b_2``
+    """``W_2 dropout(f(W_1 h + b_1)) + b_2``
 
     Args:
         width (int): ``H``, of input and output
         inner (int): width in between
         p (float): dropout in between
+        activation (callable): ``f``
     """
 
-    def __init__(self, width, inner, p):
+    def __init__(self, width, inner, p, activation=F.relu):
         super().__init__()
         self.p = p
+        self.activation = activation
         self.linear1 = nn.Linear(width, inner)
         self.linear2 = nn.Linear(inner, width)
 
     def forward(self, h):
         """``[..., H] -> [..., H]``"""
-        return self.linear2(dropout(F.relu(self.linear1(h)), self.p, self.training))
+        return self.linear2(dropout(self.activation(self.linear1(h)), self.p, self.training))

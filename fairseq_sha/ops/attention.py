@@ -43,12 +43,15 @@ def attend_reference(queries, keys, values, bias, p=0.0):
     return torch.bmm(dropout(scores.softmax(-1), p), values).transpose(0, 1)
 
 
-def causal(queries, keys):
-    """A bias by which position ``t`` of the segment sees the memory and positions 0 to ``t``:
-    ``[T, K]``, of the type of ``queries``."""
-    shape = len(queries), len(keys)
-    bias = torch.full(shape, float("-inf"), dtype=queries.dtype, device=queries.device)
-    return bias.triu_(len(keys) - len(queries) + 1)
+def causal(queries, keys, same_length=None):
+    """A bias by which position ``t`` of the segment sees the memory and positions 0 to ``t``, or of
+    these only the last ``same_length``: ``[T, K]``, of the type of ``queries``."""
+    shape, memory = (len(queries), len(keys)), len(keys) - len(queries)
+    hidden = torch.full(shape, float("-inf"), dtype=queries.dtype, device=queries.device)
+    bias = hidden.triu(memory + 1)
+    if same_length is not None:
+        bias = bias + hidden.tril(memory - same_length)
+    return bias
 
 
 def causal_relative(queries, positions, same_length=None):

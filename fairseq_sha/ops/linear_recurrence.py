@@ -25,8 +25,8 @@ def linear_recurrence_reference(a, b, h0):
     """:func:`linear_recurrence`, written out."""
     wide = torch.promote_types(b.dtype, torch.float32)
     h, states = h0.to(wide), []
-    for t in range(len(a)):
-        h = a[t].to(wide) * h + b[t].to(wide)
+    for factor, term in zip(a.to(wide), b.to(wide)):
+        h = factor * h + term
         states.append(h)
     return torch.stack(states).to(b.dtype), h
 

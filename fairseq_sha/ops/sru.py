@@ -37,12 +37,14 @@ def sru_reference(u, x, weight, bias, c0, mask=None):
     """:func:`sru`, written out."""
     wide = torch.promote_types(u.dtype, torch.float32)
     mask = torch.ones_like(c0) if mask is None else mask
-    c, outputs = c0.to(wide), []
-    for t in range(len(u)):
-        f = torch.sigmoid(u[t, :, 1].to(wide) + weight[0] * c + bias[0])
-        r = torch.sigmoid(u[t, :, 2].to(wide) + weight[1] * c + bias[1])
-        c = u[t, :, 0].to(wide) + (c - u[t, :, 0].to(wide)) * f
-        outputs.append(x[t].to(wide) + (c - x[t].to(wide)) * mask * r)
+    u, weight, bias, c, mask = (tensor.to(wide) for tensor in (u, weight, bias, c0, mask))
+    (v_f, v_r), (b_f, b_r), outputs = weight, bias, []
+    for step, x_t in zip(u, x.to(wide)):
+        u0, u1, u2 = step.unbind(1)
+        f = torch.sigmoid(u1 + v_f * c + b_f)
+        r = torch.sigmoid(u2 + v_r * c + b_r)
+        c = u0 + (c - u0) * f
+        outputs.append(x_t + (c - x_t) * mask * r)
     return torch.stack(outputs).to(x.dtype), c
 
 

@@ -1,1 +1,1 @@
-from fairseq_sha.optim import clipped_adagrad, min_trust_lamb  # noqa: F401
+from fairseq_sha.optim import clipped_adagrad, min_trust_lamb, radam  # noqa: F401

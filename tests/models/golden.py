@@ -8,11 +8,11 @@ def parameters(case):
     return {k[len("param/") :]: v for k, v in case.items() if k.startswith("param/")}
 
 
-def load(model, case, our_name):
-    """Give ``model`` the case's parameters; ``our_name`` maps the reference's names to ours, or to
-    None for what takes no part."""
+def load(model, case, family):
+    """Give ``model`` the case's parameters; ``family`` is one of ``FAMILIES``."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    named = [(our_name(name), value) for name, value in parameters(case).items()]
+    weights = family.prepare(parameters(case))
+    named = [(family.our_name(name), value) for name, value in weights.items()]
     model.load_state_dict({name: v.reshape(shapes[name]) for name, v in named if name in shapes})
     return model
 
@@ -34,9 +34,10 @@ def token_losses(logits, targets):
     return losses.view(targets.shape)
 
 
-def check_gradients(model, case, our_name):
+def check_gradients(model, case, family):
     """Each gradient within 1e-3 of its largest reference value; the same set of them."""
-    expected = {our_name(k[len("grad/") :]): v for k, v in case.items() if k.startswith("grad/")}
+    expected = {k[len("grad/") :]: v for k, v in case.items() if k.startswith("grad/")}
+    expected = {family.our_name(name): v for name, v in family.prepare(expected).items()}
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert set(expected) == set(gradients)
     for name, gradient in gradients.items():

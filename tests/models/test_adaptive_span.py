@@ -16,7 +16,7 @@ from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 
 CASES = golden_cases("adaptive_span")
-our_name = FAMILIES["adaptive_span"].our_name
+FAMILY = FAMILIES["adaptive_span"]
 
 
 def decoder(vocabulary=29, **fields):
@@ -47,7 +47,7 @@ def golden_decoder(case):
         adapt_span_ramp=int(case["setting/ramp"]),
         adapt_span_loss=float(case["setting/loss_coeff"]),
     )
-    return golden.load(model, case, our_name)
+    return golden.load(model, case, FAMILY)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,7 +62,7 @@ def test_equals_published_code(name):
         span_loss = extra["auxiliary_losses"]["span_loss"]
         torch.testing.assert_close(span_loss, case[f"span_loss{i}"].reshape(()))
         (nll.mean() + span_loss).backward()
-    golden.check_gradients(model, case, our_name)
+    golden.check_gradients(model, case, FAMILY)
 
 
 def test_a_golden_case_is_trimmed():

@@ -17,7 +17,7 @@ from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 
 CASES = golden_cases("sha_rnn")
-our_name = FAMILIES["sha_rnn"].our_name
+FAMILY = FAMILIES["sha_rnn"]
 
 
 def config(**fields):
@@ -46,7 +46,7 @@ def golden_decoder(case):
         num_layers=1 + max(int(name.split(".")[1]) for name in params if "blocks" in name),
         boom_multiple=len(params["blocks.0.ff.linear1.weight"]) // width,
     )
-    return golden.load(model, case, our_name)
+    return golden.load(model, case, FAMILY)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,7 +63,7 @@ def test_equals_published_code(name, training):
         torch.testing.assert_close(loss, case[f"loss{i}"].reshape(()), atol=1e-4, rtol=0)
         loss.backward()
 
-    golden.check_gradients(model, case, our_name)
+    golden.check_gradients(model, case, FAMILY)
     state = model.carried.training_state()["state"] if training else None
     for layer, left in enumerate(state or []):
         for key in ("h", "c"):
@@ -101,8 +101,9 @@ def test_collapsing_changes_no_output():
     torch.testing.assert_close(collapsed(tokens)[0], full(tokens)[0])
 
 
-def test_one_token_at_a_time_equals_the_segment_pass():
-    model = randomise(decoder(attention_layers=[1, 2], window=20)).eval()
+@pytest.mark.parametrize("cell", ["lstm", "layer_norm_lstm", "sru", "min_gru", "min_lstm"])
+def test_one_token_at_a_time_equals_the_segment_pass(cell):
+    model = randomise(decoder(attention_layers=[1, 2], window=20, cell=cell)).eval()
     tokens = torch.randint(29, (3, 20))
     expected, _ = model(tokens)
     state = {}

@@ -17,7 +17,7 @@ from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 
 CASES = golden_cases("transformer_xl")
-our_name = FAMILIES["transformer_xl"].our_name
+FAMILY = FAMILIES["transformer_xl"]
 
 
 def decoder(vocabulary=29, **fields):
@@ -48,7 +48,7 @@ def test_equals_published_code(name, training):
         clamp_len=max(int(case["setting/clamp_len"]), 0),
         same_length=bool(case["setting/same_length"]),
     )
-    golden.load(model, case, our_name).train(training)
+    golden.load(model, case, FAMILY).train(training)
     pieces = golden.segments(case["tokens"].t(), case["segments"])
     for i, (tokens, targets) in enumerate(pieces):
         with torch.no_grad():  # the fused form
@@ -58,7 +58,7 @@ def test_equals_published_code(name, training):
         nll = golden.token_losses(model(tokens, segment=f"train:1:{i}")[0], targets)
         torch.testing.assert_close(nll.t(), case[f"nll{i}"], atol=1e-4, rtol=0)
         nll.mean().backward()
-    golden.check_gradients(model, case, our_name)
+    golden.check_gradients(model, case, FAMILY)
 
 
 @pytest.mark.parametrize(

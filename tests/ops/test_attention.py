@@ -53,6 +53,17 @@ def test_a_bias_of_each_head_counts(form):
     check_value_and_gradient(actual, by_hand(*inputs, bias), [*inputs, bias])
 
 
+@pytest.mark.parametrize("same_length", [1, 3, 50])
+@pytest.mark.parametrize("memory", [0, 6])
+def test_causal_bias_may_be_a_band(memory, same_length):
+    queries, keys = torch.zeros(5, 2, 4), torch.zeros(memory + 5, 2, 4)
+    bias = causal(queries, keys, same_length)
+    for t in range(5):
+        seen = [j for j in range(memory + 5) if 0 <= memory + t - j < same_length]
+        assert (bias[t] == 0).nonzero().flatten().tolist() == seen
+    assert set(bias.flatten().tolist()) <= {0, float("-inf")}
+
+
 def test_forms_agree_without_gradient():
     inputs = [tensor.float() for tensor in tensors(memory=9)]
     bias = causal(*inputs[:2])

@@ -97,8 +97,7 @@ def test_bfloat16_inputs_have_a_float32_state():
     inputs = halve(sru_inputs(64, torch.float))
     o, c = sru(*inputs)
     assert o.dtype == torch.bfloat16 and c.dtype == torch.float32
-    # Written out, autograd adds up the steps' gradients in bfloat16.
-    check(sru, sru_reference, inputs, atol=0.1, rtol=0.05)
+    check(sru, sru_reference, inputs, atol=1e-2, rtol=2e-2)
     inputs = halve(linear_inputs(64, torch.float))
     states, last = linear_recurrence(*inputs)
     assert states.dtype == torch.bfloat16 and last.dtype == torch.float32

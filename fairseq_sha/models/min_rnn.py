@@ -1,0 +1,153 @@
+"""minGRU and minLSTM: L. Feng et al., "Were RNNs All We Needed?", arXiv 2410.01201."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import FairseqLanguageModel, register_model
+from torch import nn
+
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.models.sizes import require_at_least, require_dropouts
+from fairseq_sha.modules import FeedForward, MinGRU, MinLSTM, RMSNorm
+from fairseq_sha.ops import dropout
+
+CELLS = {"min_gru": MinGRU, "min_lstm": MinLSTM}
+STD = 0.02  # of initial weights
+
+
+@dataclass
+class MinRNNConfig(FairseqDataclass):
+    cell: ChoiceEnum(list(CELLS)) = field(
+        default="min_gru", metadata={"help": "min_gru or min_lstm (default: the simpler)"}
+    )
+    width: int = field(
+        default=1024,
+        metadata={"help": "width H of embedding and layers (default: chosen here, for 53M)"},
+    )
+    num_layers: int = field(
+        default=4, metadata={"help": "number of blocks (default: chosen here, as in SHA-RNN)"}
+    )
+    expansion: float = field(
+        default=1.5,
+        metadata={
+            "help": "width of the recurrent state in multiples of H, rounded down "
+            "(default: paper's code for language modelling)"
+        },
+    )
+    conv_width: int = field(
+        default=4,
+        metadata={
+            "help": "tokens that the causal convolution before the recurrence sees, itself "
+            "included; 0 for no convolution (default: paper, appendix)"
+        },
+    )
+    d_inner: int = field(
+        default=4096,
+        metadata={"help": "inner width of feed-forward layers (default: 4 H, as in the paper)"},
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "dropout of embedded tokens and of what blocks add (default: none)"},
+    )
+
+
+class CausalConvolution(nn.Module):
+    """A convolution over time of each unit by itself, of the last ``size`` tokens.
+
+    Its state holds ``conv``: the inputs that the next segment's first outputs see,
+    ``[size - 1, B, H]``, zeros at a start.
+    """
+
+    def __init__(self, width, size):
+        super().__init__()
+        self.size = size
+        self.conv = nn.Conv1d(width, width, size, groups=width)
+
+    def forward(self, x, state):
+        """``x [T, B, H]`` and state to the same."""
+        before = state["conv"] if state else x.new_zeros(self.size - 1, *x.shape[1:])
+        seen = torch.cat([before, x])
+        out = self.conv(seen.permute(1, 2, 0)).permute(2, 0, 1)
+        return out, {"conv": seen[len(seen) - self.size + 1 :]}
+
+
+class MinRNNBlock(nn.Module):
+    """Convolution and recurrence, then a feed-forward layer, each after a norm and added."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.p = cfg.dropout
+        self.norm = RMSNorm(cfg.width)
+        self.convolution = None
+        if cfg.conv_width > 0:
+            self.convolution = CausalConvolution(cfg.width, cfg.conv_width)
+        self.cell = CELLS[str(cfg.cell)](cfg.width, cfg.expansion)
+        self.norm_feed_forward = RMSNorm(cfg.width)
+        self.feed_forward = FeedForward(cfg.width, cfg.d_inner, 0.0, F.gelu)
+
+    def forward(self, h, state):
+        """``h [T, B, H]`` and state, the cell's and the convolution's, to the same."""
+        x, left = self.norm(h), {}
+        if self.convolution is not None:
+            x, left = self.convolution(x, state)
+        x, of_cell = self.cell(x, state)
+        h = h + dropout(x, self.p, self.training)
+        wide = self.feed_forward(self.norm_feed_forward(h))
+        return h + dropout(wide, self.p, self.training), {**left, **of_cell}
+
+
+class MinRNNDecoder(SegmentDecoder):
+    """Embedding, blocks, a last norm, tied output."""
+
+    def __init__(self, cfg, dictionary):
+        check(cfg)
+        layers = [MinRNNBlock(cfg) for _ in range(cfg.num_layers)]
+        super().__init__(
+            dictionary,
+            layers,
+            cfg.width,
+            dropout_input=cfg.dropout,
+            final_norm=RMSNorm(cfg.width),
+        )
+        nn.init.normal_(self.embedding.weight, std=STD)
+
+
+def check(cfg):
+    """Raise a UserError for sizes that make no model."""
+    require_at_least(1, cfg, "width", "num_layers", "d_inner")
+    require_at_least(0, cfg, "conv_width")
+    require_at_least(1 / cfg.width, cfg, "expansion")
+    require_dropouts(cfg, "dropout")
+
+
+@register_model("min_rnn", dataclass=MinRNNConfig)
+class MinRNN(FairseqLanguageModel):
+    """The model family; the named architectures differ from it in their defaults only."""
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        return cls(MinRNNDecoder(cfg, task.source_dictionary))
+
+
+@dataclass
+class MinGRUEnwik8Config(MinRNNConfig):
+    pass
+
+
+@register_model("min_gru_enwik8", dataclass=MinGRUEnwik8Config)
+class MinGRUEnwik8(MinRNN):
+    """minGRU at about the size of SHA-RNN on enwik8; the paper has no such model."""
+
+
+@dataclass
+class MinLSTMEnwik8Config(MinRNNConfig):
+    cell: ChoiceEnum(list(CELLS)) = field(
+        default="min_lstm", metadata={"help": "min_gru or min_lstm (default: by name)"}
+    )
+
+
+@register_model("min_lstm_enwik8", dataclass=MinLSTMEnwik8Config)
+class MinLSTMEnwik8(MinRNN):
+    """minLSTM at about the size of SHA-RNN on enwik8; the paper has no such model."""

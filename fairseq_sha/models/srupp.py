@@ -1,0 +1,206 @@
+"""SRU++: T. Lei, "When Attention Meets Fast Recurrence: Training Language Models with Reduced
+Compute", arXiv 2102.12459."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import FairseqLanguageModel, register_model
+from torch import nn
+
+from fairseq_sha.errors import UserError
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.models.sizes import require_at_least, require_dropouts
+from fairseq_sha.ops import attend, causal, dropout, sru
+
+
+@dataclass
+class SRUppConfig(FairseqDataclass):
+    width: int = field(
+        default=3072, metadata={"help": "width D of embedding and layers (default: paper, base)"}
+    )
+    projection: int = field(
+        default=768,
+        metadata={"help": "width P of the projection that attention works in (default: paper)"},
+    )
+    num_layers: int = field(default=10, metadata={"help": "number of layers (default: paper)"})
+    n_head: int = field(
+        default=1, metadata={"help": "heads of each layer that attends (default: paper)"}
+    )
+    attn_every_n_layers: int = field(
+        default=1,
+        metadata={"help": "every how many layers one attends; 1 for all (default: paper, base)"},
+    )
+    layer_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "normalise each layer's input, but not its memory: the score then depends on "
+            "where segments begin (default: paper, enwik8)"
+        },
+    )
+    highway_bias: float = field(
+        default=-2.0, metadata={"help": "initial bias of the reset gate (default: paper's code)"}
+    )
+    eval_unroll: int = field(
+        default=3072,
+        metadata={
+            "help": "at evaluation: tokens before itself that each attends to, once there are so "
+            "many (default: paper, base)"
+        },
+    )
+    dropout: float = field(
+        default=0.22,
+        metadata={
+            "help": "dropout of the embedding, in each layer and of the last output "
+            "(default: paper, base)"
+        },
+    )
+    dropatt: float = field(
+        default=0.22, metadata={"help": "dropout of attention weights (default: paper, base)"}
+    )
+
+
+class SRUppLayer(nn.Module):
+    """Attention in a narrow projection, from which a wide SRU gets its input (section 3)."""
+
+    def __init__(self, cfg, attends, last):
+        super().__init__()
+        self.width = cfg.width
+        self.n_head = cfg.n_head
+        self.eval_unroll = cfg.eval_unroll
+        self.p = cfg.dropout
+        self.p_attention = cfg.dropatt
+        # The last layer's output is dropped by the decoder.
+        self.p_state = 0.0 if last else cfg.dropout
+        self.norm_input = nn.LayerNorm(cfg.width) if cfg.layer_norm else None
+        self.project = nn.Linear(cfg.width, cfg.projection, bias=False)
+        self.key_value = None
+        if attends:
+            self.key_value = nn.Linear(cfg.projection, 2 * cfg.projection, bias=False)
+            self.alpha = nn.Parameter(torch.zeros(1))
+        self.norm = nn.LayerNorm(cfg.projection)
+        self.expand = nn.Linear(cfg.projection, 3 * cfg.width, bias=False)  # rows: u0, u1, u2
+        self.weight = nn.Parameter(torch.empty(2, cfg.width))  # v_f, v_r
+        self.bias = nn.Parameter(torch.empty(2, cfg.width))  # b_f, b_r
+
+    def forward(self, x, state):
+        """``x [T, B, D]`` and state to the same; the state holds ``c [1, B, D]``, in float32 or
+        wider, and, where the layer attends, ``memory``, inputs of this layer, ``[rows, B, D]``."""
+        z = self.project(x if self.norm_input is None else self.norm_input(x))
+        left = {}
+        if self.key_value is not None:
+            memory = state["memory"] if state else x[:0]
+            z = z + self.alpha * self.attention(z, self.project(memory))
+            left["memory"] = self.remember(memory, x)
+        u = self.expand(dropout(self.norm(z), self.p, self.training))
+        c0 = state["c"][0] if state else torch.zeros_like(x[0])
+        mask = None
+        if self.training and self.p_state > 0:
+            mask = dropout(torch.ones_like(x[0]), self.p_state)
+        out, c = sru(u.unflatten(-1, (3, -1)), x, self.weight, self.bias, c0, mask)
+        return out, {**left, "c": c.unsqueeze(0)}
+
+    def attention(self, q, remembered):
+        """Of the segment's projections ``[T, B, P]`` over those of the memory and themselves."""
+        keys, values = self.key_value(torch.cat([remembered, q])).chunk(2, -1)
+        q, k, v = (x.unflatten(-1, (self.n_head, -1)).flatten(1, 2) for x in (q, keys, values))
+        # Training sees the whole memory, evaluation a band.
+        bias = causal(q, k, None if self.training else self.eval_unroll + 1)
+        mix = attend(q, k, v, bias, self.p_attention if self.training else 0.0)
+        return mix.unflatten(1, (-1, self.n_head)).flatten(2)
+
+    def remember(self, memory, x):
+        """In training the segment alone, whatever its length; else the last eval_unroll tokens."""
+        if self.training:
+            return x
+        old = max(len(memory) + len(x) - self.eval_unroll, 0)
+        return torch.cat([memory[old:], x[max(old - len(memory), 0) :]])
+
+
+class SRUppDecoder(SegmentDecoder):
+    """Embedding, layers of which every k-th attends, untied output."""
+
+    def __init__(self, cfg, dictionary):
+        check(cfg)
+        layers = [
+            SRUppLayer(cfg, (i + 1) % cfg.attn_every_n_layers == 0, i == cfg.num_layers - 1)
+            for i in range(cfg.num_layers)
+        ]
+        super().__init__(
+            dictionary,
+            layers,
+            cfg.width,
+            tied=False,
+            dropout_input=cfg.dropout,
+            dropout_output=cfg.dropout,
+        )
+        bound = math.sqrt(3 / cfg.width)
+        for weight in (self.embedding.weight, self.output_weight):
+            nn.init.uniform_(weight, -bound, bound)
+        nn.init.zeros_(self.output_bias)
+        for layer in self.layers:
+            for linear in (layer.project, layer.key_value, layer.expand):
+                if linear is not None:
+                    nn.init.xavier_uniform_(linear.weight)
+            with torch.no_grad():
+                layer.expand.weight.mul_(math.sqrt(1 - cfg.dropout))
+                nn.init.uniform_(layer.weight, -1, 1)
+                layer.bias[0], layer.bias[1] = 0, cfg.highway_bias
+
+
+def check(cfg):
+    """Raise a UserError for sizes that make no model."""
+    sizes = ("width", "projection", "num_layers", "n_head", "attn_every_n_layers", "eval_unroll")
+    require_at_least(1, cfg, *sizes)
+    if cfg.projection % cfg.n_head:
+        raise UserError(
+            f"--n-head {cfg.n_head}: does not divide --projection {cfg.projection}; heads share it "
+            "evenly"
+        )
+    require_dropouts(cfg, "dropout", "dropatt")
+
+
+@register_model("srupp", dataclass=SRUppConfig)
+class SRUpp(FairseqLanguageModel):
+    """The model family; the named architectures differ from it in their defaults only."""
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        return cls(SRUppDecoder(cfg, task.source_dictionary))
+
+
+@dataclass
+class SRUppEnwik8BaseConfig(SRUppConfig):
+    pass
+
+
+@register_model("srupp_enwik8_base", dataclass=SRUppEnwik8BaseConfig)
+class SRUppEnwik8Base(SRUpp):
+    """The paper's 108M parameters."""
+
+
+@dataclass
+class SRUppEnwik8LargeConfig(SRUppConfig):
+    width: int = field(
+        default=6016, metadata={"help": "width D of embedding and layers (default: paper, large)"}
+    )
+    projection: int = field(
+        default=752,
+        metadata={"help": "width P of the projection that attention works in (default: paper)"},
+    )
+    dropout: float = field(
+        default=0.32,
+        metadata={
+            "help": "dropout of the embedding, in each layer and of the last output "
+            "(default: paper, large)"
+        },
+    )
+    dropatt: float = field(
+        default=0.32, metadata={"help": "dropout of attention weights (default: paper, large)"}
+    )
+
+
+@register_model("srupp_enwik8_large", dataclass=SRUppEnwik8LargeConfig)
+class SRUppEnwik8Large(SRUpp):
+    """The paper's 195M parameters."""
