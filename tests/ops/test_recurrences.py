@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -133,8 +134,8 @@ print("kernels agree")
 
 
 def test_triton_kernels_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
+    if importlib.util.find_spec("triton") is None or metadata.version("triton") < "3":
+        pytest.skip("needs triton 3, whose interpreter runs without a GPU")
     done = subprocess.run(
         [sys.executable, "-c", KERNELS],
         env={**os.environ, "TRITON_INTERPRET": "1"},
