@@ -156,11 +156,13 @@ class SHARNNDecoder(SegmentDecoder):
             dropout_output=cfg.dropout_output,
         )
         # Layer norms keep torch's ones and zeros: drawn like the linear weights, training stalls.
+        # Cells come as they initialise themselves.
+        cells = {module for layer in self.layers for module in layer.cell.modules()}
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if module not in cells and isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.1 / cfg.width**0.5)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+                if isinstance(module, nn.Linear):
+                    nn.init.zeros_(module.bias)
 
 
 def norm(width):
