@@ -27,9 +27,9 @@ TRAINING = {
         --optimizer clipped_adagrad --lr 0.07 --warmup-updates 5
         --criterion cross_entropy_with_auxiliary_losses""",
     SRUpp: f"""{COMMON} --arch srupp --projection 8 --attn-every-n-layers 2 --eval-unroll 40
-        --optimizer radam --weight-decay 0.1 --lr 0.02 --warmup-updates 5 --clip-norm 1.0""",
+        --optimizer radam --weight-decay 0.1 --lr 0.2 --warmup-updates 5 --clip-norm 1.0""",
     MinRNN: f"""{COMMON} --arch min_rnn --cell min_lstm --d-inner 32
-        --optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 1.0""",
+        --optimizer adam --lr 0.03 --lr-scheduler cosine --clip-norm 1.0""",
 }
 
 

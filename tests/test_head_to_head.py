@@ -409,8 +409,8 @@ def test_table_has_means_and_spreads_and_the_best_first():
     rows = summary.summarise(results)
     assert [row["model"] for row in rows] == ["b", "c", "a", "nan"]
     lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
-    assert lines[2] == "| b | 5 | 3.200 ± 0.200 | 2.200 ± 0.200 | 1,000 | 1,000 | 3 | 2,000 |"
-    assert lines[3] == "| c | 5 | 3.300 | 2.300 | 500 | 1,000 | 1 | 2,000 |"
+    assert lines[2] == "| b | 5 | 3.200 ± 0.200 | 2.200 ± 0.200 | 1,000 | 1,000 | 3 | 2,000 | 1 |"
+    assert lines[3] == "| c | 5 | 3.300 | 2.300 | 500 | 1,000 | 1 | 2,000 | 1 |"
     assert "mean over seeds ± half of their range (seeds: b 3, c 1, a 1, nan 1)" in lines[-3]
 
 

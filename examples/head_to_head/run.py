@@ -469,7 +469,7 @@ def report(args, runs, settings):
     }
     rows = summary.summarise(results)
     everything = {
-        "command": shlex.join([sys.executable, *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
         "settings": common,
         "not_finished": missing,
