@@ -35,7 +35,7 @@ def unpack(packed, path, corpus, remedy):
             if not data:
                 break
             unpacked.write(data)
-    # RuntimeError and NotImplementedError: an encrypted zip, an unknown way of packing.
+    # zipfile's RuntimeError: an encrypted member, or (NotImplementedError) an unknown method.
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         raise damaged(path, error, remedy) from error
     return unpacked

@@ -10,7 +10,7 @@ from fairseq.optim import register_optimizer
 from omegaconf import II
 
 from fairseq_sha.errors import UserError
-from fairseq_sha.optim.per_tensor import PerTensorOptimizer
+from fairseq_sha.optim.own_options import PerTensorOptimizer
 
 
 def clipped_adagrad_reference(w, g, total, lr, eps, clip):

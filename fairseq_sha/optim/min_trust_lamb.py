@@ -11,7 +11,7 @@ from fairseq.optim import register_optimizer
 from omegaconf import II
 
 from fairseq_sha.errors import UserError
-from fairseq_sha.optim.per_tensor import PerTensorOptimizer
+from fairseq_sha.optim.own_options import PerTensorOptimizer
 
 MAX_WEIGHT_NORM = 10.0
 

@@ -5,10 +5,11 @@ from typing import List
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.optim import FairseqOptimizer, register_optimizer
+from fairseq.optim import register_optimizer
 from omegaconf import II
 
 from fairseq_sha.errors import UserError
+from fairseq_sha.optim.own_options import OwnOptionsOptimizer
 
 
 class DecoupledRAdam(torch.optim.RAdam):
@@ -43,7 +44,7 @@ class RAdamConfig(FairseqDataclass):
 
 
 @register_optimizer("radam", dataclass=RAdamConfig)
-class FairseqRAdam(FairseqOptimizer):
+class FairseqRAdam(OwnOptionsOptimizer):
     """Registers :class:`DecoupledRAdam` with fairseq."""
 
     def __init__(self, cfg, params):
@@ -73,9 +74,3 @@ class FairseqRAdam(FairseqOptimizer):
             "eps": self.cfg.radam_eps,
             "shrink": self.cfg.weight_decay,
         }
-
-    def load_state_dict(self, state_dict, optimizer_overrides=None):
-        """A resumed run takes its settings from its own options, not from the checkpoint."""
-        super().load_state_dict(
-            state_dict, {**self.optimizer_config, **(optimizer_overrides or {})}
-        )

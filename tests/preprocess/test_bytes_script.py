@@ -230,7 +230,10 @@ def test_no_permission(runner):
         runner.check_error(done, words, "Permission denied")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.skipif(
+    os.geteuid() == 0,
+    reason="root is refused nothing; the test before this one makes open() refuse",
+)
 def test_no_permission_in_the_file_system(runner):
     runner.write(TEXT)
     (runner.folder / "input").chmod(0)

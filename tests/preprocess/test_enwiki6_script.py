@@ -15,7 +15,7 @@ from .helpers import read_back
 try:
     PATH = enwiki6.find()
 except UserError as error:
-    PATH, REASON = None, str(error)
+    PATH, REASON = None, f"the real corpus is part of gensim, which make test installs: {error}"
 else:
     REASON = ""
 needs_gensim = pytest.mark.skipif(PATH is None, reason=REASON)
