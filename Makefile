@@ -1,13 +1,14 @@
 # Each target makes the virtual environment that it needs; see README.md.
 #   make demo            train and evaluate a small SHA-RNN on real Wikipedia bytes, on two CPU cores
 #   make test            lint and all tests
+#   make test-long       with the tests that take long: runs that are killed, several workers
 #   make test-upstream   the same tests with upstream fairseq 0.12.2 on Python 3.8
 #   make bench           optimiser and training steps, as ratios
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-upstream has-python38 lint bench clean
+.PHONY: demo test test-long test-upstream has-python38 lint bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -66,6 +67,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 test: lint $(DATA)/dict.txt
+	$(BIN)/python -m pytest tests -m "not long"
+
+test-long: lint $(DATA)/dict.txt
 	$(BIN)/python -m pytest tests
 
 $(VENV38)/installed: setup.cfg pyproject.toml constraints-upstream.txt
@@ -80,7 +84,7 @@ has-python38:
 	@test -n "$(PYTHON38)"
 
 test-upstream: $(VENV38)/installed
-	$(VENV38)/bin/python -m pytest tests
+	$(VENV38)/bin/python -m pytest tests -m "not long"
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/optimizer.py

@@ -11,15 +11,35 @@ def show_user_errors_in_one_line():
     """Make the interpreter print an uncaught :class:`UserError` as ``error: message``.
 
     fairseq's commands let exceptions reach the interpreter, so this is the one place where the
-    traceback, which would bury the message, can be left out. Everything else is reported as before.
+    traceback, which would bury the message, can be left out. Files that cannot be opened, read or
+    written are reported in the same way; everything else as before.
     (In fairseq-hydra-train Hydra reports errors itself, the message last.)
     """
     report = sys.excepthook
 
     def report_briefly(kind, error, traceback):
-        if issubclass(kind, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        message = users_error_behind(error)
+        if message is None:
             report(kind, error, traceback)
+        else:
+            print(f"error: {message}", file=sys.stderr)
 
     sys.excepthook = report_briefly
+
+
+def users_error_behind(error):
+    """What the user must know of an error and of those that it replaced, or None. fairseq replaces
+    some by its own."""
+    while error is not None:
+        # OSError itself is a full disk, or fairseq's own word for a missing file.
+        of_files = (
+            FileExistsError,
+            FileNotFoundError,
+            IsADirectoryError,
+            NotADirectoryError,
+            PermissionError,
+        )
+        if isinstance(error, (UserError, *of_files)) or type(error) is OSError:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

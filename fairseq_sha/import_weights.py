@@ -27,6 +27,7 @@ from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fairseq_sha.checkpoints import is_damaged
 from fairseq_sha.data import ByteDictionary, Corpus
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.adaptive_span import AdaptiveSpan, AdaptiveSpanConfig
@@ -322,6 +323,8 @@ def read_weights(path):
             content = io.BytesIO(file.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a state dict")
+    if is_damaged(content):
+        raise UserError(f"{path}: damaged, its contents lack their checksums; get it again")
     try:
         weights = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # of any type, depending on where the file stops making sense
@@ -475,17 +478,15 @@ def check_symbols(symbols, dictionary, folder):
                 )
 
 
-def make_checkpoint(name, cfg, model, folder):
+def make_checkpoint(name, cfg, model, task):
     """What fairseq loads: weights, and the configs of model, task and criterion."""
     root = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True)
     root["model"] = {**OmegaConf.to_container(cfg, enum_to_str=True), "_name": name}
-    task = OmegaConf.to_container(OmegaConf.structured(ByteLanguageModelingConfig))
+    task_cfg = OmegaConf.structured(ByteLanguageModelingConfig)
     root["task"] = {
-        **task,
+        **OmegaConf.to_container(task_cfg, enum_to_str=True),
         "_name": "byte_language_modeling",
-        "data": folder,
-        "seed": root["common"]["seed"],
-        "train_subset": root["dataset"]["train_subset"],
+        "data": task.cfg.data,
     }
     criterion = OmegaConf.to_container(OmegaConf.structured(CrossEntropyCriterionConfig))
     with_losses = model.decoder.has_auxiliary_losses
@@ -493,7 +494,7 @@ def make_checkpoint(name, cfg, model, folder):
     root["criterion"] = {**criterion, "sentence_avg": False}
     return {
         "args": None,
-        "cfg": root,
+        "cfg": OmegaConf.to_container(OmegaConf.create(root), resolve=True),
         "model": model.state_dict(),
         "criterion": None,
         "optimizer_history": [
@@ -504,7 +505,7 @@ def make_checkpoint(name, cfg, model, folder):
                 "num_updates": 0,
             }
         ],
-        "task_state": {},
+        "task_state": task.state_dict(),
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
         "last_optimizer_state": None,
     }
@@ -535,7 +536,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=()):
     model.load_state_dict(state)
     unfinished = f"{save}.unfinished"
     try:
-        torch.save(make_checkpoint(name, cfg, model, folder), unfinished)
+        torch.save(make_checkpoint(name, cfg, model, task), unfinished)
         os.replace(unfinished, save)
     except (OSError, RuntimeError) as error:
         if os.path.exists(unfinished):

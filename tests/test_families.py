@@ -9,14 +9,15 @@ from fairseq_sha.models.adaptive_span import AdaptiveSpan
 from fairseq_sha.models.min_rnn import MinRNN
 from fairseq_sha.models.srupp import SRUpp
 from fairseq_sha.models.transformer_xl import TransformerXL
-from tests.test_commands import command, in_process, logged_losses
+from tests.commands import command, logged_losses
+from tests.test_commands import in_process
 from tests.tiny_corpus import write_folder
 
 TEST_BYTES = 833
 
 COMMON = """
     --width 16 --num-layers 2 --dropout 0.1
-    --tokens-per-sample 40 --random-segment-lengths --batch-size 4
+    --tokens-per-sample 40 --random-segment-lengths --batch-size 4 --num-workers 0
     --log-interval 1 --log-format simple --cpu --save-interval-updates 7 --no-epoch-checkpoints
 """
 TRAINING = {

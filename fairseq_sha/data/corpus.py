@@ -1,6 +1,7 @@
 """One split of a corpus as a flat array of token ids."""
 
 import os
+import zlib
 
 import numpy as np
 from fairseq.data import FairseqDataset
@@ -46,6 +47,15 @@ class Corpus(FairseqDataset):
         if self._tokens is None:
             self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         return self._tokens
+
+    def sample(self):
+        """Some thousand tokens, spread evenly over all."""
+        return self.tokens[:: -(-self.total_tokens // 1000)]
+
+    def fingerprint(self):
+        """A string that all but certainly differs for another corpus: length, and a checksum of
+        :meth:`sample`."""
+        return f"{self.total_tokens}-{zlib.crc32(self.sample().tobytes()):08x}"
 
     def __getstate__(self):
         return {**self.__dict__, "_tokens": None}

@@ -1,8 +1,12 @@
 """fairseq's epoch iterator over segments, which saves the carried state with its position."""
 
 import logging
+import math
+from itertools import zip_longest
 
 from fairseq.data.iterators import EpochBatchIterator
+
+from fairseq_sha.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -14,11 +18,23 @@ class SegmentIterator(EpochBatchIterator):
         dataset (SegmentDataset): the segments of one epoch
         carried (CarriedState): the model's, to be saved and restored with the position in the
             epoch; None where nothing is trained
-        like (Tensor): restored state gets the device and type of this tensor
+        like (Tensor): a parameter of the model: restored state gets its device and, if it was
+            saved from a model in another precision, its type
+        symbols (list of str): the dictionary, saved with the position and compared with it
+        max_carried_bytes (float): checkpoints leave out carried state that is larger, over the
+            streams of all workers
         **kwargs: for ``EpochBatchIterator``
     """
 
-    def __init__(self, dataset, carried=None, like=None, **kwargs):
+    def __init__(
+        self,
+        dataset,
+        carried=None,
+        like=None,
+        symbols=None,
+        max_carried_bytes=math.inf,
+        **kwargs,
+    ):
         super().__init__(
             dataset=dataset,
             collate_fn=dataset.collater,
@@ -29,6 +45,9 @@ class SegmentIterator(EpochBatchIterator):
         )
         self.carried = carried
         self.like = like
+        self.symbols = symbols
+        self.max_carried_bytes = max_carried_bytes
+        self.num_workers_with_streams = dataset.num_streams // dataset.batch_size
 
     @property
     def first_batch(self):
@@ -37,19 +56,49 @@ class SegmentIterator(EpochBatchIterator):
         del batch["net_input"]["segment"]
         return batch
 
+    def carried_bytes(self):
+        """Size of the carried state over the streams of all workers."""
+        return self.carried.size() * self.num_workers_with_streams
+
+    def saves_carried_state(self):
+        """Whether a checkpoint written now should hold the carried state."""
+        needed = self.carried is not None and not self.end_of_epoch()
+        return needed and self.carried_bytes() <= self.max_carried_bytes
+
+    def gather_carried_state(self):
+        """Before a checkpoint, all of several workers must call this, for the first to save the
+        state of all streams."""
+        if self.num_workers_with_streams > 1 and self.saves_carried_state():
+            self.carried.gather()
+
     def state_dict(self):
-        # One of several workers has the state of its own streams only: that is left out.
-        all_streams = self.dataset.batch_size == self.dataset.num_streams
-        needed = self.carried is not None and all_streams and not self.end_of_epoch()
+        saved = None
+        if self.saves_carried_state():
+            saved = self.carried.training_state()
+            if saved is not None and _streams_of(saved) not in (None, self.dataset.num_streams):
+                saved = None  # of this worker only
+        elif self.carried is not None and not self.end_of_epoch():
+            logger.info(
+                "the checkpoint leaves out the carried state (%.2f GB): a resumed run will start "
+                "from nothing, unless --save-carried-state always",
+                self.carried_bytes() / 1e9,
+            )
         return {
             **super().state_dict(),
+            "symbols": self.symbols,
             "segmentation": self.dataset.segmentation(),
-            "carried": self.carried.training_state() if needed else None,
+            "carried": saved,
+            "precision": None if self.like is None else str(self.like.dtype),
         }
 
     def load_state_dict(self, state_dict):
         """Go on where the checkpoint left off. If it read another corpus, or cut it otherwise, its
-        position means nothing here: begin its epoch again, from nothing, and say so."""
+        position means nothing here: begin its epoch again, from nothing, and say so.
+
+        Raises:
+            UserError: token ids had another meaning
+        """
+        check_symbols(state_dict.get("symbols"), self.symbols)
         saved, own = state_dict.get("segmentation"), self.dataset.segmentation()
         if saved != own:
             different = [k for k in own if saved is None or saved.get(k) != own[k]]
@@ -65,6 +114,30 @@ class SegmentIterator(EpochBatchIterator):
         if carried is not None and self.carried is not None:
             first = self.dataset.first_stream
             streams = slice(first, first + self.dataset.batch_size)
-            self.carried.restore(carried, streams, self.like)
+            same = state_dict.get("precision") == str(self.like.dtype)
+            dtype = None if same else self.like.dtype
+            self.carried.restore(carried, streams, self.like.device, dtype)
         elif state_dict.get("iterations_in_epoch", 0) > 0:
             logger.warning("the checkpoint holds no carried state; going on from nothing")
+
+
+def _streams_of(saved):
+    """How many streams a state has, or None if it holds nothing."""
+    return next((v.size(1) for layer in saved["state"] for v in layer.values()), None)
+
+
+def check_symbols(trained, own):
+    """Compare the dictionary that a checkpoint was trained with (a list of symbols, or None if it
+    does not say) with the one in use.
+
+    Raises:
+        UserError: they differ
+    """
+    if trained is None or own is None or trained == own:
+        return
+    pairs = enumerate(zip_longest(trained, own))
+    i, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise UserError(
+        f"the checkpoint was trained with another dictionary, in which token {i} was {before!r}, "
+        f"not {now!r}; name the data folder that it was trained with"
+    )

@@ -117,7 +117,7 @@ class SegmentDataset(FairseqDataset):
     def segmentation(self):
         """Everything that a position in the epoch depends on."""
         return {
-            "corpus length": self.corpus.total_tokens,
+            "corpus": self.corpus.fingerprint(),
             "number of streams": self.num_streams,
             "segment length": self.tokens_per_sample,
             "choice of random segment lengths": self.random_lengths,

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import FairseqLanguageModel, register_model
+from fairseq.models import register_model
 from torch import nn
 
-from fairseq_sha.errors import UserError
-from fairseq_sha.models.segment_decoder import SegmentDecoder
-from fairseq_sha.models.sizes import (
+from fairseq_sha.checks import (
     require_at_least,
     require_dropouts,
     require_heads_that_divide,
 )
+from fairseq_sha.errors import UserError
+from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
-from fairseq_sha.ops import band, dropout, masked_softmax
+from fairseq_sha.ops import band, dropout, last_rows, masked_softmax
 
 TRIM_TO_MULTIPLES_OF = 64
 
@@ -82,17 +82,18 @@ class AdaptiveAttention(nn.Module):
         # z of the paper, as a part of attn_span.
         self.span = nn.Parameter(torch.full((cfg.n_head,), float(cfg.adapt_span_init)))
 
-    def forward(self, h, cache, key_positions):
+    def forward(self, h, cache, key_positions, longest):
         """
         Args:
             h (Tensor): ``[T, B, H]``
             cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``
             key_positions (Tensor): embeddings of the L positions before a query, ``[d, L]``
+            longest (float): the longest of the heads' spans, as a part of L
 
         Returns:
             Tensor ``[T, B, H]``
         """
-        trimmed = self.trim()
+        trimmed = self.trim(longest)
         # Apart, so that no gradient is computed for the cache. The last token is nobody's key.
         k, v = (
             torch.cat([project(cache[trimmed:]), project(h[:-1])])
@@ -110,10 +111,10 @@ class AdaptiveAttention(nn.Module):
         mix = torch.bmm(dropout(weights, self.p, self.training), v)
         return self.output(mix.transpose(0, 1).reshape(h.shape))
 
-    def trim(self):
+    def trim(self, longest):
         """How many of the oldest keys no head reaches."""
-        longest = math.ceil(float(self.span.detach().max()) * self.attn_span) + self.ramp
-        unreached = self.attn_span - min(self.attn_span, longest)
+        reached = math.ceil(longest * self.attn_span) + self.ramp
+        unreached = self.attn_span - min(self.attn_span, reached)
         multiples = min(self.attn_span - 1, unreached) // TRIM_TO_MULTIPLES_OF
         return multiples * TRIM_TO_MULTIPLES_OF
 
@@ -129,21 +130,22 @@ class AdaptiveAttention(nn.Module):
 class AdaptiveSpanLayer(nn.Module):
     """Attention over what came before, and a feed-forward layer, each followed by its norm."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, number):
         super().__init__()
+        self.number = number
         self.attn_span = cfg.attn_span
         self.attention = AdaptiveAttention(cfg)
         self.norm_attention = nn.LayerNorm(cfg.width)
         self.feed_forward = FeedForward(cfg.width, cfg.d_inner, cfg.dropout)
         self.norm_feed_forward = nn.LayerNorm(cfg.width)
 
-    def forward(self, h, state, key_positions):
+    def forward(self, h, state, key_positions, longest):
         """``h [T, B, H]`` and state to the same; the state holds ``cache``, the last inputs of
         this layer, ``[attn_span, B, H]``."""
         # Before the first token there are zeros, which are attended to like any other.
         cache = state["cache"] if state else h.new_zeros(self.attn_span, *h.shape[1:])
-        left = torch.cat([cache[len(h) :], h[-self.attn_span :]])
-        h = self.norm_attention(h + self.attention(h, cache, key_positions))
+        left = last_rows(cache, h, self.attn_span)
+        h = self.norm_attention(h + self.attention(h, cache, key_positions, longest[self.number]))
         return self.norm_feed_forward(h + self.feed_forward(h)), {"cache": left}
 
 
@@ -152,7 +154,7 @@ class AdaptiveSpanDecoder(SegmentDecoder):
 
     def __init__(self, cfg, dictionary):
         check(cfg)
-        layers = [AdaptiveSpanLayer(cfg) for _ in range(cfg.num_layers)]
+        layers = [AdaptiveSpanLayer(cfg, i) for i in range(cfg.num_layers)]
         super().__init__(dictionary, layers, cfg.width, tied=False)
         self.span_loss = cfg.adapt_span_loss
         self.has_auxiliary_losses = cfg.adapt_span_loss > 0
@@ -160,7 +162,9 @@ class AdaptiveSpanDecoder(SegmentDecoder):
         self.key_positions = nn.Parameter(torch.randn(cfg.width // cfg.n_head, cfg.attn_span))
 
     def shared_by_layers(self, h, state):
-        return (self.key_positions,)
+        # All layers' at once: each reading makes the CPU wait for the GPU.
+        longest = self.spans().detach().amax(1).tolist()
+        return self.key_positions, longest
 
     def spans(self):
         """The span of each layer's heads, as parts of attn_span: ``[layers, heads]``."""
@@ -190,7 +194,7 @@ def check(cfg):
 
 
 @register_model("adaptive_span", dataclass=AdaptiveSpanConfig)
-class AdaptiveSpan(FairseqLanguageModel):
+class AdaptiveSpan(SegmentLanguageModel):
     """The model family; the named architectures differ from it in their defaults only."""
 
     @classmethod

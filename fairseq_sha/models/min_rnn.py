@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.models import FairseqLanguageModel, register_model
+from fairseq.models import register_model
 from torch import nn
 
-from fairseq_sha.models.segment_decoder import SegmentDecoder
-from fairseq_sha.models.sizes import require_at_least, require_dropouts
+from fairseq_sha.checks import require_at_least, require_dropouts
+from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward, MinGRU, MinLSTM, RMSNorm
 from fairseq_sha.ops import dropout
 
 CELLS = {"min_gru": MinGRU, "min_lstm": MinLSTM}
-STD = 0.02  # of initial weights
+STD = 0.02  # of the initial embedding, chosen here: it is the output too
 
 
 @dataclass
@@ -45,7 +45,9 @@ class MinRNNConfig(FairseqDataclass):
     )
     d_inner: int = field(
         default=4096,
-        metadata={"help": "inner width of feed-forward layers (default: 4 H, as in the paper)"},
+        metadata={
+            "help": "inner width of feed-forward layers (default: the paper's 4 H at the default H)"
+        },
     )
     dropout: float = field(
         default=0.0,
@@ -70,7 +72,7 @@ class CausalConvolution(nn.Module):
         before = state["conv"] if state else x.new_zeros(self.size - 1, *x.shape[1:])
         seen = torch.cat([before, x])
         out = self.conv(seen.permute(1, 2, 0)).permute(2, 0, 1)
-        return out, {"conv": seen[len(seen) - self.size + 1 :]}
+        return out, {"conv": seen[len(seen) - self.size + 1 :].clone()}
 
 
 class MinRNNBlock(nn.Module):
@@ -123,7 +125,7 @@ def check(cfg):
 
 
 @register_model("min_rnn", dataclass=MinRNNConfig)
-class MinRNN(FairseqLanguageModel):
+class MinRNN(SegmentLanguageModel):
     """The model family; the named architectures differ from it in their defaults only."""
 
     @classmethod

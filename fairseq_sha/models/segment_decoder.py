@@ -5,13 +5,12 @@ The state is a list with one dict of tensors per layer, streams on dimension 1; 
 the list is a start, from nothing.
 """
 
-from typing import NamedTuple, Optional
-
 import torch
-from fairseq.models import FairseqIncrementalDecoder
+from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
 from torch import nn
 
-from fairseq_sha.data import SegmentId
+from fairseq_sha.errors import UserError
+from fairseq_sha.models.carried_state import CarriedState
 from fairseq_sha.ops import dropout
 
 
@@ -186,77 +185,24 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             self.set_incremental_state(incremental_state, "state", flat)
 
 
-class _Kept(NamedTuple):
-    segment: SegmentId
-    before: Optional[list]
-    after: list
+class SegmentLanguageModel(FairseqLanguageModel):
+    """What fairseq registers: a model is a subclass whose ``build_model`` gives it its decoder, a
+    :class:`SegmentDecoder`."""
 
+    def load_state_dict(self, *args, **kwargs):
+        """fairseq's, with one line that says what does not fit."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            _, _, first = str(error).partition("\n")
+            first = first.strip().split("\n")[0]
+            raise UserError(
+                f"the checkpoint is of another model or other sizes ({first[:200]}); "
+                "give the options that it was trained with"
+            )
 
-class CarriedState:
-    """The state between segments, kept by the identity of the segment that left it.
-
-    Each split keeps the state that its latest segment left and the one that it started from. A
-    segment starts from what its predecessor left; fed again (after an overflow or out of memory),
-    from where it started the first time, as does the first of the segments that make up an update;
-    any other starts from nothing. Training state survives evaluation; what evaluation left is
-    forgotten at the next segment of another split.
-    """
-
-    def __init__(self):
-        self._kept = {}  # (split, whether it is trained on) -> _Kept
-        self._update = None
-        self._first_of_update = None  # _Kept: where all the update's segments can be fed again
-
-    def begin_update(self, number):
-        """Tell that the segments to come are for this update: a new one, or the same again."""
-        if number != self._update:
-            self._update, self._first_of_update = number, None
-
-    def before(self, segment, training):
-        """The state that a segment starts from, or None for a start from nothing.
-
-        Args:
-            segment (str): a :class:`~fairseq_sha.data.SegmentId`
-            training (bool): whether it is trained on, not evaluated
-        """
-        segment = SegmentId.parse(segment)
-        first = self._first_of_update
-        if training and first is not None and segment == first.segment:
-            return first.before
-        kept = self._kept.get((segment.split, training))
-        if kept is None or segment.index == 0:
-            return None
-        if segment == kept.segment:
-            return kept.before
-        if segment == kept.segment._replace(index=kept.segment.index + 1):
-            return kept.after
-        return None
-
-    def keep(self, segment, training, before, after):
-        """Keep, without gradient, the state that a segment started from and the one it left."""
-        segment = SegmentId.parse(segment)
-        after = [{key: tensor.detach() for key, tensor in layer.items()} for layer in after]
-        self._kept = {
-            (split, trained): kept for (split, trained), kept in self._kept.items() if trained
-        }
-        self._kept[segment.split, training] = _Kept(segment, before, after)
-        if training and self._first_of_update is None:
-            self._first_of_update = self._kept[segment.split, training]
-
-    def training_state(self):
-        """For checkpoints: ``{"segment": str, "state": list}`` on the CPU; None before training."""
-        for (_, trained), kept in self._kept.items():
-            if trained:
-                # Saving a view would save the whole storage behind it.
-                state = [
-                    {k: v.to("cpu", copy=True) for k, v in layer.items()} for layer in kept.after
-                ]
-                return {"segment": str(kept.segment), "state": state}
-        return None
-
-    def restore(self, saved, streams, like):
-        """Put back the given streams (a slice) of what :meth:`training_state` gave, on the device
-        and in the type of ``like``."""
-        segment = SegmentId.parse(saved["segment"])
-        state = [{k: v[:, streams].to(like) for k, v in layer.items()} for layer in saved["state"]]
-        self._kept[segment.split, True] = _Kept(segment, None, state)
+    def prepare_for_inference_(self, cfg):
+        """fairseq's hook in evaluation and generation, which leaves bfloat16 to the model."""
+        super().prepare_for_inference_(cfg)
+        if cfg.common.bf16:
+            self.to(torch.bfloat16)

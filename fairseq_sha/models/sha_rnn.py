@@ -6,12 +6,12 @@ from typing import List
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.models import FairseqLanguageModel, register_model
+from fairseq.models import register_model
 from torch import nn
 
+from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
-from fairseq_sha.models.segment_decoder import SegmentDecoder
-from fairseq_sha.models.sizes import require_at_least, require_dropouts
+from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import (
     LSTM,
     SRU,
@@ -181,11 +181,17 @@ def check(cfg):
 
 
 @register_model("sha_rnn", dataclass=SHARNNConfig)
-class SHARNN(FairseqLanguageModel):
+class SHARNN(SegmentLanguageModel):
     """The model family; the named architectures differ from it in their defaults only."""
 
     @classmethod
     def build_model(cls, cfg, task):
+        length = getattr(task.cfg, "tokens_per_sample", 0)
+        if cfg.attention_layers and cfg.window < length and getattr(task, "is_training", False):
+            raise UserError(
+                f"--window {cfg.window}: below --tokens-per-sample {length}, and the window holds "
+                "the segment itself; raise it, or shorten segments"
+            )
         return cls(SHARNNDecoder(cfg, task.source_dictionary))
 
 
@@ -232,7 +238,7 @@ class SHARNNSmallConfig(SHARNNConfig):
         metadata={"help": "width H of embedding and layers (default: for two CPU cores)"},
     )
     window: int = field(
-        default=1000,
+        default=1024,
         metadata={
             "help": "attention window in tokens: memory and current segment together "
             "(default: for two CPU cores)"

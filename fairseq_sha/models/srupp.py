@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import FairseqLanguageModel, register_model
+from fairseq.models import register_model
 from torch import nn
 
+from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
-from fairseq_sha.models.segment_decoder import SegmentDecoder
-from fairseq_sha.models.sizes import require_at_least, require_dropouts
-from fairseq_sha.ops import attend, causal, dropout, sru
+from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
+from fairseq_sha.ops import attend, causal, dropout, last_rows, sru
 
 
 @dataclass
@@ -92,7 +92,8 @@ class SRUppLayer(nn.Module):
         if self.key_value is not None:
             memory = state["memory"] if state else x[:0]
             z = z + self.alpha * self.attention(z, self.project(memory))
-            left["memory"] = self.remember(memory, x)
+            # Training remembers the segment alone, whatever its length.
+            left["memory"] = x if self.training else last_rows(memory, x, self.eval_unroll)
         u = self.expand(dropout(self.norm(z), self.p, self.training))
         c0 = state["c"][0] if state else torch.zeros_like(x[0])
         mask = None
@@ -109,13 +110,6 @@ class SRUppLayer(nn.Module):
         bias = causal(q, k, None if self.training else self.eval_unroll + 1)
         mix = attend(q, k, v, bias, self.p_attention if self.training else 0.0)
         return mix.unflatten(1, (-1, self.n_head)).flatten(2)
-
-    def remember(self, memory, x):
-        """In training the segment alone, whatever its length; else the last eval_unroll tokens."""
-        if self.training:
-            return x
-        old = max(len(memory) + len(x) - self.eval_unroll, 0)
-        return torch.cat([memory[old:], x[max(old - len(memory), 0) :]])
 
 
 class SRUppDecoder(SegmentDecoder):
@@ -162,7 +156,7 @@ def check(cfg):
 
 
 @register_model("srupp", dataclass=SRUppConfig)
-class SRUpp(FairseqLanguageModel):
+class SRUpp(SegmentLanguageModel):
     """The model family; the named architectures differ from it in their defaults only."""
 
     @classmethod

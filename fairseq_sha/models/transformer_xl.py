@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import FairseqLanguageModel, register_model
+from fairseq.models import register_model
 from torch import nn
 
-from fairseq_sha.errors import UserError
-from fairseq_sha.models.segment_decoder import SegmentDecoder
-from fairseq_sha.models.sizes import (
+from fairseq_sha.checks import (
     require_at_least,
     require_dropouts,
     require_heads_that_divide,
 )
+from fairseq_sha.errors import UserError
+from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
-from fairseq_sha.ops import attend, causal_relative, dropout
+from fairseq_sha.ops import attend, causal_relative, dropout, last_rows
 
 STD = 0.02  # of initial weights
 
@@ -128,8 +128,7 @@ class TransformerXLLayer(nn.Module):
         this layer, ``[rows <= mem_len, B, H]``."""
         # Keys and values are computed anew from what the memory holds (section 3.2).
         memory = state["memory"] if state else h[:0]
-        old = max(len(memory) + len(h) - self.mem_len, 0)
-        left = torch.cat([memory[old:], h[max(old - len(memory), 0) :]])
+        left = last_rows(memory, h, self.mem_len)
         attended = self.attention(h, memory, positions, u, w)
         h = self.norm_attention(h + dropout(attended, self.p, self.training))
         wide = dropout(self.feed_forward(h), self.p, self.training)
@@ -193,7 +192,7 @@ def check(cfg):
 
 
 @register_model("transformer_xl", dataclass=TransformerXLConfig)
-class TransformerXL(FairseqLanguageModel):
+class TransformerXL(SegmentLanguageModel):
     """The model family; the named architectures differ from it in their defaults only."""
 
     @classmethod

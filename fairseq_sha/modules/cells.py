@@ -29,7 +29,8 @@ class LayerNormLSTM(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.input = nn.Linear(width, 4 * width)
+        # The bias of the equations is that of the norms.
+        self.input = nn.Linear(width, 4 * width, bias=False)
         self.hidden = nn.Linear(width, 4 * width, bias=False)
         self.norm_input = nn.LayerNorm(4 * width)
         self.norm_hidden = nn.LayerNorm(4 * width)
@@ -85,10 +86,14 @@ class MinGRU(nn.Module):
         self.output = nn.Linear(inner, width, bias=False) if expansion != 1 else None
 
     def forward(self, x, state):
-        candidate, *gates = self.input(x).chunk(1 + self.gates, -1)
+        projected = self.input(x)
+        # Near 1, a gate in half precision is 1: the state would never decay.
+        wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        candidate, *gates = wide.chunk(1 + self.gates, -1)
         keep, take = self.keep_and_take(*gates)
         h0 = state["h"][0] if state else torch.zeros_like(candidate[0])
         out, h = linear_recurrence(keep, take * positive(candidate), h0)
+        out = out.to(projected.dtype)
         return out if self.output is None else self.output(out), {"h": h.unsqueeze(0)}
 
     def keep_and_take(self, z):

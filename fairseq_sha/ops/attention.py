@@ -28,9 +28,12 @@ def attend(queries, keys, values, bias, p=0.0):
 
 def attend_fused(queries, keys, values, bias, p=0.0):
     """:func:`attend`, by torch's scaled dot product attention."""
+    if bias.dim() == 3:
+        # A view such as causal_relative gives may begin where CUDA kernels cannot read it.
+        bias = bias.clone(memory_format=torch.contiguous_format).unsqueeze(1)
     mixed = F.scaled_dot_product_attention(
         *(x.transpose(0, 1).unsqueeze(1) for x in (queries, keys, values)),
-        attn_mask=bias if bias.dim() == 2 else bias.unsqueeze(1),
+        attn_mask=bias,
         dropout_p=p,
     )
     return mixed.squeeze(1).transpose(0, 1)
@@ -101,3 +104,9 @@ def band(scores, outside):
     # Read with rows one shorter than they are, each row begins one column later than the last.
     flat = F.pad(scores, (0, length), value=outside).flatten(1)[:, : length * total]
     return flat.unflatten(1, (length, total))
+
+
+def last_rows(memory, segment, number):
+    """The memory that the next segment finds: the last so many rows of memory and segment."""
+    old = max(len(memory) + len(segment) - number, 0)
+    return torch.cat([memory[old:], segment[max(old - len(memory), 0) :]])

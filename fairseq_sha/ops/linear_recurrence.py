@@ -18,7 +18,7 @@ def linear_recurrence(a, b, h0):
     """
     wide = torch.promote_types(b.dtype, torch.float32)
     states = _LinearRecurrence.apply(a.to(wide), b.to(wide), h0.to(wide))
-    return states.to(b.dtype), states[-1]
+    return states.to(b.dtype), states[-1].clone()
 
 
 def linear_recurrence_reference(a, b, h0):

@@ -30,7 +30,8 @@ def scan(a, b, h0, reverse=False):
     states = torch.empty_like(b)
     columns = h0.numel()
     grid = (triton.cdiv(columns, BLOCK),)
-    _scan[grid](a, b, h0, states, len(a), columns, REVERSE=reverse, BLOCK=BLOCK)
+    with torch.cuda.device_of(a):
+        _scan[grid](a, b, h0, states, len(a), columns, REVERSE=reverse, BLOCK=BLOCK)
     return states
 
 
@@ -65,5 +66,6 @@ def recur(u, weight, bias, c0):
     states = u.new_empty(steps, streams, width)
     columns = streams * width
     grid = (triton.cdiv(columns, BLOCK),)
-    _recur[grid](u, weight, bias, c0, gates, states, steps, columns, width, BLOCK=BLOCK)
+    with torch.cuda.device_of(u):
+        _recur[grid](u, weight, bias, c0, gates, states, steps, columns, width, BLOCK=BLOCK)
     return gates, states

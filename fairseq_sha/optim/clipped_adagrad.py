@@ -9,6 +9,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
+from fairseq_sha.checks import require_at_least
 from fairseq_sha.errors import UserError
 from fairseq_sha.optim.own_options import PerTensorOptimizer
 
@@ -87,8 +88,7 @@ class FairseqClippedAdagrad(PerTensorOptimizer):
 
     def __init__(self, cfg, params):
         super().__init__(cfg)
-        if not cfg.adagrad_clip >= 0:
-            raise UserError(f"--adagrad-clip {cfg.adagrad_clip}: must not be negative")
+        require_at_least(0, cfg, "adagrad_clip")
         if not cfg.adagrad_eps > 0:
             raise UserError(
                 f"--adagrad-eps {cfg.adagrad_eps}: must be positive; what has had no gradient yet "

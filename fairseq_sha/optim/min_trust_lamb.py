@@ -10,7 +10,7 @@ from fairseq.logging import metrics
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
-from fairseq_sha.errors import UserError
+from fairseq_sha.checks import require_at_least, require_betas
 from fairseq_sha.optim.own_options import PerTensorOptimizer
 
 MAX_WEIGHT_NORM = 10.0
@@ -132,15 +132,8 @@ class FairseqMinTrustLAMB(PerTensorOptimizer):
 
     def __init__(self, cfg, params):
         super().__init__(cfg)
-        if len(cfg.lamb_betas) != 2 or not all(0 <= beta < 1 for beta in cfg.lamb_betas):
-            raise UserError(
-                f"--lamb-betas {list(cfg.lamb_betas)}: give two numbers of at least 0 and below 1"
-            )
-        for name in ("lamb_eps", "weight_decay", "min_trust"):
-            if not getattr(cfg, name) >= 0:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
-                )
+        require_betas(cfg, "lamb_betas")
+        require_at_least(0, cfg, "lamb_eps", "weight_decay", "min_trust")
         self._optimizer = MinTrustLAMB(params, **self.optimizer_config)
         if cfg.log_trust_ratios:
             # Not in step(), which mixed precision passes by.

@@ -8,18 +8,18 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
-from fairseq_sha.errors import UserError
+from fairseq_sha.checks import require_at_least, require_betas
 from fairseq_sha.optim.own_options import OwnOptionsOptimizer
 
 
 class DecoupledRAdam(torch.optim.RAdam):
-    """torch's RAdam, before each step of which weights shrink by ``lr * weight_decay`` (as
+    """torch's RAdam, before each step of which weights shrink by ``lr * shrink`` (as
     ``decoupled_weight_decay`` does, which torch has since 2.1 only)."""
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, shrink=0.0):
         super().__init__(params, lr=lr, betas=betas, eps=eps)
         for group in self.param_groups:
-            group["shrink"] = weight_decay
+            group["shrink"] = shrink  # torch's own weight_decay is not decoupled
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -49,22 +49,9 @@ class FairseqRAdam(OwnOptionsOptimizer):
 
     def __init__(self, cfg, params):
         super().__init__(cfg)
-        if len(cfg.radam_betas) != 2 or not all(0 <= beta < 1 for beta in cfg.radam_betas):
-            raise UserError(
-                f"--radam-betas {list(cfg.radam_betas)}: give two numbers of at least 0 and below 1"
-            )
-        for name in ("radam_eps", "weight_decay"):
-            if not getattr(cfg, name) >= 0:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
-                )
-        self._optimizer = DecoupledRAdam(
-            params,
-            lr=cfg.lr[0],
-            betas=tuple(cfg.radam_betas),
-            eps=cfg.radam_eps,
-            weight_decay=cfg.weight_decay,
-        )
+        require_betas(cfg, "radam_betas")
+        require_at_least(0, cfg, "radam_eps", "weight_decay")
+        self._optimizer = DecoupledRAdam(params, **self.optimizer_config)
 
     @property
     def optimizer_config(self):

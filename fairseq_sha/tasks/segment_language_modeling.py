@@ -7,6 +7,7 @@ from typing import Optional
 
 import numpy as np
 import torch
+from fairseq import checkpoint_utils
 from fairseq.data import (
     AppendTokenDataset,
     Dictionary,
@@ -17,16 +18,17 @@ from fairseq.data import (
     PadDataset,
     PrependTokenDataset,
 )
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
 from omegaconf import II
 
+from fairseq_sha.checkpoints import replace_damaged_last_checkpoint
 from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
     CrossEntropyWithAuxiliaryLosses,
 )
-from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator
+from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator, check_symbols
 from fairseq_sha.errors import UserError
 
 
@@ -46,8 +48,24 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
             "as the published SHA-RNN training does"
         },
     )
+    save_carried_state: ChoiceEnum(["auto", "always", "never"]) = field(
+        default="auto",
+        metadata={
+            "help": "whether checkpoints hold the state between segments, with which a resumed run "
+            "repeats the uninterrupted one; auto: if it takes 1 GB at most"
+        },
+    )
     seed: int = II("common.seed")
+    tpu: bool = II("common.tpu")
     train_subset: str = II("dataset.train_subset")
+    disable_validation: bool = II("dataset.disable_validation")
+    max_update: int = II("optimization.max_update")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    save_dir: str = II("checkpoint.save_dir")
+    save_interval_updates: int = II("checkpoint.save_interval_updates")
+
+
+MAX_CARRIED_BYTES = {"auto": 1e9, "always": math.inf, "never": 0}
 
 
 class SegmentLanguageModelingTask(FairseqTask):
@@ -61,6 +79,8 @@ class SegmentLanguageModelingTask(FairseqTask):
         super().__init__(cfg)
         self.dictionary = dictionary
         self.model = None
+        self.is_training = False
+        self.train_iterator = None
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
@@ -83,6 +103,18 @@ class SegmentLanguageModelingTask(FairseqTask):
         return self.dictionary
 
     def build_model(self, cfg, from_checkpoint=False):
+        """fairseq's hook. Training builds its model anew, before it looks for a checkpoint."""
+        self.is_training = not from_checkpoint
+        if self.is_training:
+            if self.cfg.tpu:
+                raise UserError(
+                    "--bf16 means a TPU to fairseq's command line; for bfloat16 on GPU or CPU use "
+                    "fairseq-hydra-train with common.bf16=true"
+                )
+            replace_damaged_last_checkpoint(self.cfg.save_dir)
+            if self.cfg.finetune_from_model:
+                weights = checkpoint_utils.load_checkpoint_to_cpu(self.cfg.finetune_from_model)
+                self.load_state_dict(weights.get("task_state", {}))
         self.model = super().build_model(cfg, from_checkpoint)
         return self.model
 
@@ -120,9 +152,33 @@ class SegmentLanguageModelingTask(FairseqTask):
                 # Else the float32 copy would undo it at the next update.
                 if parameter in masters:
                     masters[parameter].clamp_(low, high)
+        if self.train_iterator is not None and self.cfg.disable_validation:
+            done, interval = update_num + 1, self.cfg.save_interval_updates
+            if done == self.cfg.max_update or (interval > 0 and done % interval == 0):
+                self.train_iterator.gather_carried_state()
+
+    def begin_valid_epoch(self, epoch, model):
+        """fairseq's hook on all workers before a validation, which comes before each checkpoint in
+        mid-epoch. Only the first worker then reaches the state that is saved."""
+        if self.train_iterator is not None:
+            self.train_iterator.gather_carried_state()
 
     def load_dataset(self, split, **kwargs):
-        self.datasets[split] = Corpus(os.path.join(self.cfg.data, split))
+        corpus = Corpus(os.path.join(self.cfg.data, split))
+        if corpus.sample().max() >= len(self.dictionary):
+            raise UserError(
+                f"{corpus.path}: holds tokens that {self.cfg.data}/dict.txt lacks; preprocess the "
+                "corpus again"
+            )
+        self.datasets[split] = corpus
+
+    def state_dict(self):
+        """What checkpoints say of the task: the symbols that token ids stand for."""
+        return {"symbols": self.dictionary.symbols}
+
+    def load_state_dict(self, state_dict):
+        """fairseq's hook in evaluation and generation; in training the iterator checks the same."""
+        check_symbols(state_dict.get("symbols"), self.dictionary.symbols)
 
     def get_batch_iterator(
         self,
@@ -155,8 +211,17 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         if max_sentences is None:
             raise UserError("--batch-size is missing: it is the number of parallel streams")
+        if max_sentences < 1:
+            raise UserError(f"--batch-size {max_sentences}: must be at least 1")
+        if num_shards > 1 and not self.is_training:
+            refuse_workers(num_shards)
         split = next(name for name, loaded in self.datasets.items() if loaded is dataset)
-        training = split == self.cfg.train_subset
+        training = self.is_training and split == self.cfg.train_subset
+        if training and max_sentences * num_shards > len(dataset):
+            raise UserError(
+                f"--batch-size {max_sentences}: {max_sentences * num_shards} streams in all, and "
+                f"{dataset.path} holds {len(dataset)} predictions; use fewer"
+            )
         segments = SegmentDataset(
             dataset,
             split,
@@ -169,15 +234,20 @@ class SegmentLanguageModelingTask(FairseqTask):
             num_shards=num_shards,
             shard=shard_id,
         )
-        decoder = self.model.decoder if training and self.model is not None else None
-        return SegmentIterator(
+        decoder = self.model.decoder if training else None
+        iterator = SegmentIterator(
             segments,
             carried=decoder and decoder.carried,
             like=decoder and next(decoder.parameters()),
+            symbols=self.dictionary.symbols,
+            max_carried_bytes=MAX_CARRIED_BYTES[str(self.cfg.save_carried_state)],
             num_workers=num_workers,
             buffer_size=data_buffer_size,
             skip_remainder_batch=skip_remainder_batch,
         )
+        if training:
+            self.train_iterator = iterator
+        return iterator
 
     def eval_lm_dataloader(
         self, dataset, batch_size=None, num_shards=1, context_window=0, **kwargs
@@ -193,13 +263,10 @@ class SegmentLanguageModelingTask(FairseqTask):
                 "carried from all text before it; leave it out"
             )
         if num_shards > 1:
-            raise UserError(
-                f"{num_shards} workers: fairseq-eval-lm would report the score of one worker's "
-                "part as that of the whole; use one worker"
-            )
+            refuse_workers(num_shards)
         kwargs = {k: kwargs[k] for k in ("num_workers", "data_buffer_size") if k in kwargs}
         return self.get_batch_iterator(
-            dataset, max_sentences=batch_size or 1, **kwargs
+            dataset, max_sentences=1 if batch_size is None else batch_size, **kwargs
         ).next_epoch_itr(shuffle=False)
 
     # Text is one stream without an end. Generation therefore takes newline for what came before the
@@ -272,3 +339,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         return generator.generate(
             models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos()
         )
+
+
+def refuse_workers(number):
+    raise UserError(
+        f"{number} workers: fairseq would report the score of one worker's part as that of the "
+        "whole; evaluate with one (--distributed-world-size 1)"
+    )

@@ -95,7 +95,7 @@ def test_state_can_be_saved_and_restored(decoder):
     expected = feed(decoder, "train:3:1")
     other = SegmentDecoder(dictionary_of(16), [Summing()], width=4)
     other.load_state_dict(decoder.state_dict())
-    other.carried.restore(saved, slice(None), other.output_bias)
+    other.carried.restore(saved, slice(None), "cpu")
     torch.testing.assert_close(feed(other, "train:3:1"), expected)
     for layer in saved["state"]:
         for tensor in layer.values():
@@ -107,7 +107,7 @@ def test_a_worker_restores_its_own_streams(decoder):
     decoder(tokens, segment="train:1:0")
     saved = decoder.carried.training_state()
     expected = decoder(tokens, segment="train:1:1")[0]
-    decoder.carried.restore(saved, slice(1, 2), decoder.output_bias)
+    decoder.carried.restore(saved, slice(1, 2), "cpu")
     torch.testing.assert_close(decoder(tokens[1:], segment="train:1:1")[0], expected[1:])
 
 
@@ -124,3 +124,14 @@ def test_all_segments_of_an_update_can_be_fed_again(decoder):
     decoder.set_num_updates(2)
     assert not started_from_nothing(feed(decoder, "train:1:4"))
     assert started_from_nothing(feed(decoder, "train:1:1"))
+
+
+def test_overflow_does_not_poison_the_state(decoder):
+    """Under mixed precision fairseq skips the update and goes on with the next segment."""
+    decoder.set_num_updates(0)
+    feed(decoder, "train:1:0")
+    decoder.carried._kept["train", True].after[0]["sum"][0, 1, 2] = float("nan")
+    decoder.set_num_updates(0)
+    after = feed(decoder, "train:1:1")
+    assert after.isfinite().all()
+    assert started_from_nothing(after[1]) and not started_from_nothing(after[0])

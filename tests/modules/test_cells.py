@@ -90,19 +90,39 @@ def test_lstm_is_torch_s_bit_for_bit():
     assert torch.equal(out, expected) and torch.equal(state["h"], h) and torch.equal(state["c"], c)
 
 
+def layer_norm(x, gain, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return gain * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() + bias
+
+
 def test_layer_norm_lstm_equals_its_equations():
     cell = LayerNormLSTM(6)
     for parameter in cell.parameters():
         torch.nn.init.normal_(parameter)
     x, h, c = torch.randn(1, 2, 6), torch.randn(1, 2, 6), torch.randn(1, 2, 6)
-    gates = cell.norm_input(x @ cell.input.weight.t() + cell.input.bias)
-    gates = gates + cell.norm_hidden(h @ cell.hidden.weight.t())
+    w = dict(cell.named_parameters())
+    gates = sum(
+        layer_norm(v @ w[f"{name}.weight"].t(), w[f"norm_{name}.weight"], w[f"norm_{name}.bias"])
+        for name, v in (("input", x), ("hidden", h))
+    )
     i, f, g, o = gates.unflatten(-1, (4, 6)).unbind(-2)
     new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    new_h = o.sigmoid() * cell.norm_cell(new_c).tanh()
+    new_h = o.sigmoid() * layer_norm(new_c, w["norm_cell.weight"], w["norm_cell.bias"]).tanh()
     out, state = cell(x, {"h": h, "c": c})
     torch.testing.assert_close(out, new_h)
     torch.testing.assert_close(state, {"h": new_h, "c": new_c})
+
+
+@pytest.mark.parametrize("cell", [MinGRU, MinLSTM])
+def test_state_decays_in_half_precision_too(cell):
+    """A gate that keeps 99.9 % would be 1 in bfloat16, and the state a sum without end."""
+    cell = cell(1).to(torch.bfloat16)
+    rows = [0.5, -6.9] if cell.gates == 1 else [0.5, 0.0, -6.9]  # candidate and gates
+    with torch.no_grad():
+        cell.input.weight.copy_(torch.tensor(rows).unsqueeze(1))
+    _, state = cell(torch.ones(20000, 1, 1, dtype=torch.bfloat16), {})
+    # keep + take = 1, so the state tends to what is taken, g(0.5) = 1.
+    assert state["h"].item() == pytest.approx(1, abs=1e-2)
 
 
 def test_min_lstm_gates_that_are_both_shut_do_not_divide_by_zero():

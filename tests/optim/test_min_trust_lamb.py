@@ -52,9 +52,11 @@ def random_params(dtype=torch.double):
     return params
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("min_trust", [0.0, 0.25, 3.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equals_the_form_written_out(min_trust, weight_decay):
+def test_equals_the_form_written_out(min_trust, weight_decay, at_once):
+    """One tensor at a time, as on CPU, and all at once, as on a GPU."""
     params = random_params()
     options = dict(eps=1e-6, weight_decay=weight_decay, min_trust=min_trust)
     optimizer = MinTrustLAMB(params, lr=0.1, betas=(0.8, 0.95), **options)
@@ -74,10 +76,15 @@ def test_equals_the_form_written_out(min_trust, weight_decay):
                 **options,
             )
             ratios.append(ratio)
-        optimizer.step()
+        if at_once:
+            with torch.no_grad():
+                own_ratios = optimizer._step(params, optimizer.param_groups[0])
+        else:
+            optimizer.step()
+            own_ratios = optimizer.trust_ratios
         for param, (w, _, _) in zip(params, expected):
             torch.testing.assert_close(param.detach(), w)
-        torch.testing.assert_close(optimizer.trust_ratios, torch.stack(ratios).double())
+        torch.testing.assert_close(own_ratios, torch.stack(ratios).double())
 
 
 def test_weight_norm_is_bounded_and_the_ratio_is_not():

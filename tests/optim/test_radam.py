@@ -13,7 +13,7 @@ def params():
 def test_weight_decay_is_decoupled_from_the_step():
     """Weights shrink by lr * decay; what is added to them is RAdam's step without decay."""
     decayed, plain = params(), params()
-    ours = DecoupledRAdam(decayed, lr=0.1, weight_decay=0.3)
+    ours = DecoupledRAdam(decayed, lr=0.1, shrink=0.3)
     theirs = torch.optim.RAdam(plain, lr=0.1)
     for _ in range(8):  # RAdam rectifies from the sixth on
         for a, b in zip(decayed, plain):
@@ -30,7 +30,7 @@ def test_parameters_without_gradient_stay():
     kept, moved = params()
     moved.grad = torch.ones_like(moved)
     before = kept.detach().clone()
-    DecoupledRAdam([kept, moved], lr=0.1, weight_decay=0.3).step()
+    DecoupledRAdam([kept, moved], lr=0.1, shrink=0.3).step()
     assert torch.equal(kept, before)
 
 

@@ -1,4 +1,5 @@
-"""Checks of configs that model families share. Each raises a UserError that names the option."""
+"""Checks of configs that models and optimisers share. Each raises a UserError that names the
+option."""
 
 from fairseq_sha.errors import UserError
 
@@ -13,6 +14,12 @@ def require_dropouts(cfg, *names):
     for name in names:
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"{_option(name)} {getattr(cfg, name)}: must be at least 0 and below 1")
+
+
+def require_betas(cfg, name):
+    betas = list(getattr(cfg, name))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"{_option(name)} {betas}: give two numbers of at least 0 and below 1")
 
 
 def require_heads_that_divide(cfg):

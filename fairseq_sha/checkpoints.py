@@ -1,0 +1,113 @@
+"""Damaged and foreign checkpoints: never taken for good ones, named when they cannot be read."""
+
+import functools
+import logging
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+from torch import distributed
+
+from fairseq_sha.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def is_whole(file):
+    """Whether a file, open or a path, is a zip, as torch writes it, whose contents have their
+    checksums."""
+    try:
+        with zipfile.ZipFile(file) as content:
+            return content.testzip() is None
+    except Exception:  # of any type, depending on where the file stops making sense
+        return False
+
+
+def is_damaged(file):
+    """Whether a binary file begins as torch's do and is not whole. torch does not look."""
+    file.seek(0)
+    begins_as_zip = file.read(4) == b"PK\x03\x04"
+    damaged = begins_as_zip and not is_whole(file)
+    file.seek(0)
+    return damaged
+
+
+def replace_damaged_last_checkpoint(folder):
+    """Put the newest whole checkpoint of a run in the place of a damaged ``checkpoint_last.pt``.
+
+    Raises:
+        UserError: there is no whole one
+    """
+    if not distributed.is_initialized():
+        _replace_damaged_last_checkpoint(Path(folder))
+        return
+    if distributed.get_rank() == 0:
+        _replace_damaged_last_checkpoint(Path(folder))
+    distributed.barrier()
+
+
+def _replace_damaged_last_checkpoint(folder):
+    last = folder / "checkpoint_last.pt"
+    if not last.is_file() or is_whole(last):
+        return
+    others = [path for path in folder.glob("checkpoint*.pt") if path != last]
+    for other in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        if is_whole(other):
+            logger.warning("%s is damaged; going on from %s", last, other)
+            copy_at_once(other, last)
+            return
+    raise UserError(f"{last}: damaged, with no whole checkpoint beside it; remove it to begin anew")
+
+
+def copy_at_once(source, destination):
+    """Copy a file so that the destination is the old one or the whole new one at any time."""
+    unfinished = f"{destination}.unfinished"
+    shutil.copyfile(source, unfinished)
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, destination)
+
+
+def keep_last_checkpoint_whole():
+    """Make fairseq replace ``checkpoint_last.pt`` and ``checkpoint_best.pt`` at once. It copies the
+    new one over the old one, so that a run that is killed meanwhile would leave half of it."""
+    copy = PathManager.copy
+
+    @functools.wraps(copy)
+    def copy_local_files_at_once(src_path, dst_path, overwrite=False):
+        if "://" in str(dst_path):
+            return copy(src_path, dst_path, overwrite=overwrite)
+        copy_at_once(src_path, dst_path)
+        return dst_path
+
+    PathManager.copy = staticmethod(copy_local_files_at_once)
+
+
+def explain_unreadable_checkpoints():
+    """Make fairseq say which file it was that it could not read, in one line."""
+    load = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(load)
+    def load_or_explain(path, *args, **kwargs):
+        try:
+            with PathManager.open(path, "rb") as file:
+                damaged = is_damaged(file)
+            if damaged:
+                raise ValueError("contents lack their checksums")
+            state = load(path, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"{path}: not a checkpoint that fairseq wrote, or a damaged one "
+                f"({type(error).__name__}: {reason}); name another"
+            )
+        if "model" not in state:
+            raise UserError(f"{path}: holds no model; name a checkpoint that fairseq wrote")
+        return state
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_or_explain

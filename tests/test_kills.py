@@ -1,0 +1,114 @@
+"""Runs that are killed, at random moments and while they write checkpoints, go on as if nothing had
+happened."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from tests.commands import command, logged_losses, start
+from tests.test_families import TRAINING
+from tests.tiny_corpus import write_folder
+
+# Three files are written every three updates: the run spends much of its time there.
+FREQUENT = "--save-interval-updates 3 --keep-interval-updates 2 --max-update 60"
+SHA_RNN = """
+    --arch sha_rnn_small --width 16 --num-layers 2 --attention-layers 1 --window 60
+    --tokens-per-sample 40 --random-segment-lengths --batch-size 4 --num-workers 0
+    --optimizer min_trust_lamb --min-trust 0.25 --lr 0.01 --warmup-updates 5 --clip-norm 0.25
+    --criterion cross_entropy --log-interval 1 --log-format simple --cpu
+"""
+FAMILIES = {"SHARNN": SHA_RNN, **{model.__name__: text for model, text in TRAINING.items()}}
+#: with updates of two segments
+ACCUMULATION = "--update-freq 2"
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), train=9000)
+
+
+def validations(output):
+    lines = re.findall(r"valid on 'valid' subset \| (loss \S+).*?num_updates (\d+)", output)
+    return {updates: loss for loss, updates in lines}
+
+
+def being_written(folder):
+    return any(folder.glob("*.tmp")) or any(folder.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize(
+    "name, extra",
+    [
+        ("SHARNN", ""),
+        *[pytest.param(name, "", marks=pytest.mark.long) for name in FAMILIES if name != "SHARNN"],
+        pytest.param("SHARNN", ACCUMULATION, marks=pytest.mark.long),
+    ],
+)
+def test_killed_run_repeats_the_uninterrupted_one(data, tmp_path, name, extra):
+    options = f"{FAMILIES[name]} {extra} {FREQUENT} --save-dir"
+    whole = command("fairseq-train", data, f"{options} {tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stdout
+    losses, valid = logged_losses(whole.stdout), validations(whole.stdout)
+    assert len(losses) == 60 and len(valid) >= 20
+
+    folder = tmp_path / "killed"
+    choose = random.Random(1)
+    outputs = []
+    for kill in range(KILLS):
+        running = start("fairseq-train", data, f"{options} {folder}")
+        # Each lives long enough for some progress.
+        goal = choose.randint(4, 8)
+        running.wait_for(lambda: len(logged_losses(running.output())) >= goal)  # noqa: B023
+        if kill % 2 == 0:
+            running.wait_for(lambda: being_written(folder))
+        running.kill()
+        done = running.wait()
+        outputs.append(done.stdout)
+        assert done.returncode == -9, done.stdout
+    last = command("fairseq-train", data, f"{options} {folder}")
+    assert last.returncode == 0, last.stdout
+    outputs.append(last.stdout)
+
+    for output in outputs[1:]:
+        assert "going on from nothing" not in output and "Loaded checkpoint" in output
+    for output in outputs:
+        for update, logged in logged_losses(output).items():
+            assert logged == losses[update], update
+        for update, logged in validations(output).items():
+            assert logged == valid[update], update
+    assert set().union(*map(logged_losses, outputs)) == set(losses)
+    ours, theirs = (
+        torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True)["model"]
+        for run in ("killed", "whole")
+    )
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+def test_run_without_carried_state_says_so(data, tmp_path):
+    options = f"{SHA_RNN} --save-interval-updates 5 --save-dir {tmp_path} --max-update"
+    never = f"{options} 12 --save-carried-state never"
+    first = command("fairseq-train", data, never)
+    assert "leaves out the carried state" in first.stdout, first.stdout
+    second = command("fairseq-train", data, never.replace("12", "15"))
+    assert "holds no carried state; going on from nothing" in second.stdout
+    assert len(logged_losses(second.stdout)) == 3
+
+
+def test_finetuning_starts_from_the_weights_alone(data, tmp_path):
+    options = f"{SHA_RNN} --max-update 5 --save-dir"
+    first = command("fairseq-train", data, f"{options} {tmp_path / 'first'}")
+    weights = tmp_path / "first" / "checkpoint_last.pt"
+    second = command(
+        "fairseq-train", data, f"{options} {tmp_path / 'second'} --finetune-from-model {weights}"
+    )
+    assert second.returncode == 0, second.stdout
+    ours, before = (
+        [float(loss) for loss in re.findall(r"train_inner.*?loss=([0-9.]+)", run.stdout)]
+        for run in (second, first)
+    )
+    assert len(ours) == 5 and ours[0] < before[0] - 0.3
