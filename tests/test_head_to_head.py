@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -179,7 +178,7 @@ def test_report_sums_up(finished):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:4] == ["7,952", f"{found['valid']['bits']:.3f}", f"{found['test']['bits']:.3f}"]
     assert "Not finished: bad seed 1." in table
-    assert "The budget was 100 updates of training;" in table
+    assert "The budget was 100 updates of training." in table
     everything = json.loads((out / "results.json").read_text())
     assert everything["command"].endswith(shlex.join(map(str, options)))
     assert torch.__version__.startswith(everything["machine"]["torch"])
@@ -303,6 +302,26 @@ def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path):
     assert "lr_scheduler.warmup_updates=UPDATES*40/800" in output
 
 
+def test_stock_model_and_a_change_of_evaluation_before_there_are_results(data, configs, tmp_path):
+    """Training does not depend on settings of evaluation: it is not repeated."""
+    out = tmp_path / "out"
+    options = ["--data", data, "--configs", configs / "stock.yaml", "--updates", 4, "--out", out]
+    status, output, errors = head_to_head(*options)
+    assert status == 0, output + errors
+    (result,) = json.loads((out / "results.json").read_text())["runs"]
+    assert 0 < result["test"]["tokens"] <= 833
+    log = (out / "stock" / "seed1" / "train.log").read_text()
+    options += ["--set", "evaluation.context_window=8"]
+    status, _, errors = head_to_head(*options)
+    assert status == 1 and "has results of another evaluation.context_window (was 48" in errors
+    (out / "stock" / "seed1" / "result.json").unlink()
+    status, output, errors = head_to_head(*options)
+    assert status == 0, output + errors
+    (again,) = json.loads((out / "results.json").read_text())["runs"]
+    assert again["test"]["bits"] != result["test"]["bits"]
+    assert (out / "stock" / "seed1" / "train.log").read_text() == log
+
+
 @pytest.mark.parametrize(
     "config, options, message",
     [
@@ -324,6 +343,11 @@ def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path):
             r"good: a budget in bytes needs dataset.batch_size; add it",
         ),
         (GOOD + "  \n", ["--updates", 5, "--set", "evaluation.cpu=1"], r".* evaluation.cpu is .*"),
+        (
+            GOOD,
+            ["--updates", 5, "--set", "evaluation.context_window=40"],
+            r".*/good.yaml: in evaluation, context_window 40 leaves nothing of .*",
+        ),
     ],
 )
 def test_mistakes_cost_one_line(data, tmp_path, config, options, message):
@@ -430,16 +454,3 @@ def test_progress_is_visible_and_a_failure_shows_the_end_of_the_log(tmp_path, mo
     with pytest.raises(script.RunFailed):  # a good exit status without the work done
         script.execute(["true"], log, "x", str, lambda text: False)
     assert "ended with status 0" in log.read_text()
-
-
-def test_torn_checkpoint_gives_way_to_the_newest_whole_one(tmp_path):
-    for age, name in ((2, "checkpoint_best.pt"), (1, "checkpoint_1_50.pt")):
-        with zipfile.ZipFile(tmp_path / name, "w") as file:
-            file.writestr("name", name)
-        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
-    whole = (tmp_path / "checkpoint_1_50.pt").read_bytes()
-    (tmp_path / "checkpoint_last.pt").write_bytes(whole[:-10])
-    script.mend_checkpoint(tmp_path)
-    assert (tmp_path / "checkpoint_last.pt").read_bytes() == whole
-    script.mend_checkpoint(tmp_path)  # which leaves a whole one alone
-    assert (tmp_path / "checkpoint_last.pt").read_bytes() == whole

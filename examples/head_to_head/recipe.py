@@ -81,6 +81,13 @@ def load(path, data, changes):
     for field in ("optimization.max_update", "task._name", "task.tokens_per_sample", "model"):
         if not lookup(config, field):
             raise UserError(f"{path}: {field} is missing; the comparison needs it, so add it")
+    length = evaluation.get("tokens_per_sample", config["task"]["tokens_per_sample"])
+    context = evaluation.get("context_window", 0)
+    if not length > context:
+        raise UserError(
+            f"{path}: in evaluation, context_window {context} leaves nothing of tokens_per_sample "
+            f"{length}, which contains it; raise that"
+        )
     return Recipe(path.stem, config, evaluation)
 
 

@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -207,27 +206,42 @@ def check_settings(args, models):
         settings[model.name] = json.loads(json.dumps(content))
         folder = args.out / model.name
         changes = changed(folder, settings[model.name])
-        if changes and [*folder.glob("seed*/checkpoints/*.pt"), *folder.glob("seed*/result.json")]:
+        scored = [*folder.glob("seed*/result.json")]
+        if not scored:  # then no result depends on settings of evaluation
+            changes = {key: text for key, text in changes.items() if not of_evaluation(key)}
+        if changes and (scored or [*folder.glob("seed*/checkpoints/*.pt")]):
             raise UserError(
-                f"{folder} has results of another {changes}; choose another --out, or remove it"
+                f"{folder} has results of another {', '.join(changes.values())}; choose another "
+                "--out, or remove it"
             )
     return settings
 
 
 def changed(folder, settings):
-    """How settings differ from those that a model's folder was made with, if it was."""
+    """How settings differ from those that a model's folder was made with, if it was: by key."""
     made_with = read(folder / "settings.json")
     if not made_with:
-        return ""
+        return {}
     old, new = flat(json.loads(made_with)), flat(settings)
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} (was {old.get(key)}, now {new.get(key)})" for key in keys)
+    return {
+        key: f"{key} (was {old.get(key)}, now {new.get(key)})"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    }
+
+
+def of_evaluation(key):
+    return key == "eval_streams" or key.startswith("evaluation.")
 
 
 def prepare(folder, model, settings):
     """Make a model's folder. What other settings left there, logs at most, is removed."""
-    if changed(folder, settings):
+    changes = changed(folder, settings)
+    if not all(map(of_evaluation, changes)):
         shutil.rmtree(folder)
+    elif changes:
+        for log in [path for split in SPLITS for path in folder.glob(f"seed*/{split}.log")]:
+            log.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "recipe.yaml", yaml.safe_dump(model.config, sort_keys=False))
     write_json(folder / "settings.json", settings)
@@ -287,8 +301,6 @@ def multirun(args, model, updates):
         return [seed for seed in folders if not is_trained(read(folders[seed] / "train.log"))]
 
     if left():
-        for seed in left():
-            mend_checkpoint(folder / f"seed{seed}" / "checkpoints")
         command = multirun_command(args, model, left(), updates)
         execute(
             command,
@@ -344,7 +356,6 @@ def run(args, model, seed, updates, title):
     if not is_trained(read(log)) and args.launcher:
         raise RunFailed(f"was not trained; see {model_folder / 'multirun.log'}")
     if not is_trained(read(log)):
-        mend_checkpoint(folder / "checkpoints")
         command = recipes.train_command(model, model_folder, folder, seed, updates)
         execute(command, log, title, status, is_trained)
     for split in SPLITS:
@@ -369,18 +380,6 @@ def is_trained(text):
 
 def read(path):
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def mend_checkpoint(folder):
-    """fairseq copies a checkpoint over checkpoint_last.pt; where that was interrupted, it is not
-    readable and the newest whole one takes its place."""
-    last = folder / "checkpoint_last.pt"
-    if last.is_file() and not zipfile.is_zipfile(last):
-        whole = [path for path in folder.glob("*.pt") if zipfile.is_zipfile(path)]
-        if whole:
-            os.replace(max(whole, key=lambda path: path.stat().st_mtime), last)
-        else:
-            last.unlink()
 
 
 def execute(command, log, title, status, is_done):

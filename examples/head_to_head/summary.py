@@ -76,7 +76,12 @@ def table(rows, settings, missing):
         cells += ["–" if peak is None else f"{peak:,}", f"{row['bytes']:,.0f}"]
         cells.append(f"{row['training_seconds']:,.0f}")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"The budget was {settings['budget']} of training; seconds are those measured."]
+    lines += [
+        "",
+        f"The budget was {settings['budget']} of training. Seconds are updates times the median "
+        "time of an update,",
+        "without validation and checkpoints.",
+    ]
     if any(len(row["seeds"]) > 1 for row in rows):
         seeds = ", ".join(f"{row['model']} {len(row['seeds'])}" for row in rows)
         lines += [f"Bits: mean over seeds ± half of their range (seeds: {seeds})."]
