@@ -273,7 +273,7 @@ def rename(weights, old, new):
         ("sha_rnn", lambda i: torch.save([1], i.weights), "holds a list"),
         ("sha_rnn", lambda i: i.weights.write_text("text"), "not a state dict that torch loads"),
         ("sha_rnn", lambda i: i.weights.write_bytes(b""), "not a state dict that torch loads"),
-        ("sha_rnn", lambda i: os.truncate(i.weights, 5000), "not a state dict that torch loads"),
+        ("sha_rnn", lambda i: os.truncate(i.weights, 5000), "damaged, its contents lack"),
         ("sha_rnn", lambda i: i.weights.unlink(), "weights.pt: cannot be read"),
         ("sha_rnn", lambda i: i.symbols.unlink(), "symbols.txt: cannot be read"),
         ("sha_rnn", lambda i: i.symbols.write_text("10\n256\n"), "line 2: '256' is not a byte"),
