@@ -43,7 +43,8 @@ def live(command, log, seconds):
         while time.monotonic() < end:
             time.sleep(POLL_SECONDS)
             if process.poll() is not None:
-                sys.exit(f"training ended with status {process.returncode}; see {log}")
+                end_of_log = Path(log).read_text(errors="replace")[-1000:]
+                sys.exit(f"training ended with status {process.returncode}:\n{end_of_log}")
             memory.append(resident_mb(process.pid))
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import zipfile
+from itertools import zip_longest
 from pathlib import Path
 
 from fairseq import checkpoint_utils
@@ -41,12 +42,11 @@ def replace_damaged_last_checkpoint(folder):
     Raises:
         UserError: there is no whole one
     """
-    if not distributed.is_initialized():
+    several = distributed.is_initialized()
+    if not several or distributed.get_rank() == 0:
         _replace_damaged_last_checkpoint(Path(folder))
-        return
-    if distributed.get_rank() == 0:
-        _replace_damaged_last_checkpoint(Path(folder))
-    distributed.barrier()
+    if several:
+        distributed.barrier()
 
 
 def _replace_damaged_last_checkpoint(folder):
@@ -111,3 +111,20 @@ def explain_unreadable_checkpoints():
         return state
 
     checkpoint_utils.load_checkpoint_to_cpu = load_or_explain
+
+
+def check_symbols(trained, own):
+    """Compare the dictionary that a checkpoint was trained with (a list of symbols, or None if it
+    does not say) with the one in use.
+
+    Raises:
+        UserError: they differ
+    """
+    if trained is None or own is None or trained == own:
+        return
+    pairs = enumerate(zip_longest(trained, own))
+    i, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise UserError(
+        f"the checkpoint was trained with another dictionary, in which token {i} was {before!r}, "
+        f"not {now!r}; name the data folder that it was trained with"
+    )

@@ -28,18 +28,18 @@ def show_user_errors_in_one_line():
 
 
 def users_error_behind(error):
-    """What the user must know of an error and of those that it replaced, or None. fairseq replaces
-    some by its own."""
-    while error is not None:
-        # OSError itself is a full disk, or fairseq's own word for a missing file.
-        of_files = (
-            FileExistsError,
-            FileNotFoundError,
-            IsADirectoryError,
-            NotADirectoryError,
-            PermissionError,
-        )
-        if isinstance(error, (UserError, *of_files)) or type(error) is OSError:
-            return error
+    """What the user must know of an error, or None: itself, if it is of a file, or the UserError
+    that fairseq replaced by it."""
+    of_files = (
+        FileExistsError,
+        FileNotFoundError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+    )
+    # OSError itself is a full disk, or fairseq's own word for a missing file.
+    if isinstance(error, of_files) or type(error) is OSError:
+        return error
+    while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
-    return None
+    return error

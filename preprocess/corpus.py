@@ -35,7 +35,8 @@ def unpack(packed, path, corpus, remedy):
             if not data:
                 break
             unpacked.write(data)
-    # zipfile's RuntimeError: an encrypted member, or (NotImplementedError) an unknown method.
+    # No real corpus is encrypted, or packed by a method that Python lacks: both are damage, for
+    # which zipfile raises RuntimeError and NotImplementedError, a kind of it.
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         raise damaged(path, error, remedy) from error
     return unpacked

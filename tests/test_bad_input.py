@@ -17,9 +17,8 @@ from fairseq_sha.data import ByteDictionary, Corpus
 from fairseq_sha.import_weights import read_symbols, read_weights
 from fairseq_sha.models.sha_rnn import SHARNN
 from tests.commands import REPOSITORY, command
+from tests.options import FAMILIES, SHA_RNN
 from tests.test_commands import RunsCode
-from tests.test_families import TRAINING
-from tests.test_kills import FAMILIES, SHA_RNN
 from tests.tiny_corpus import text, write_folder, write_split
 
 TRAIN = f"{SHA_RNN} --max-update 3"
@@ -220,8 +219,7 @@ def test_options(good, checkpoints, tmp_path, monkeypatch, case):
 @pytest.mark.parametrize("case", OF_OTHER_FAMILIES)
 def test_options_of_other_families(good, tmp_path, monkeypatch, case):
     family, words, expected = OF_OTHER_FAMILIES[case]
-    text = {model.__name__: options for model, options in TRAINING.items()}[family]
-    words = f"{text} {words} --max-update 3 --save-dir {tmp_path}/out"
+    words = f"{FAMILIES[family]} {words} --max-update 3 --save-dir {tmp_path}/out"
     check(message_of("train", good, words, monkeypatch), expected)
 
 
@@ -309,16 +307,23 @@ def mutate(data, changes, size):
     return bytes(data)
 
 
+def accepted(read, path, contents):
+    """What a reader makes of each content of a file that it does not refuse, in one line."""
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            result = read(str(path))
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            yield result
+
+
 @fuzz
 @given(noise=st.binary(max_size=300), changes=mutations, size=st.integers(0, 10**6))
 def test_dictionary_reader(good, tmp_path, noise, changes, size):
-    for content in (noise, mutate((good / "dict.txt").read_bytes(), changes, size)):
-        (tmp_path / "dict.txt").write_bytes(content)
-        try:
-            dictionary = ByteDictionary.load(str(tmp_path / "dict.txt"))
-        except UserError as error:
-            assert "\n" not in str(error)
-            continue
+    contents = (noise, mutate((good / "dict.txt").read_bytes(), changes, size))
+    for dictionary in accepted(ByteDictionary.load, tmp_path / "dict.txt", contents):
         values = [value for value in dictionary.bytes_by_id() if value is not None]
         assert len(values) == len(set(values)) and all(0 <= value < 256 for value in values)
 
@@ -328,13 +333,8 @@ def test_dictionary_reader(good, tmp_path, noise, changes, size):
 def test_index_reader(good, tmp_path, noise, changes, size):
     tokens = np.fromfile(good / "train.bin", np.uint16)
     shutil.copyfile(good / "train.bin", tmp_path / "train.bin")
-    for content in (noise, mutate((good / "train.idx").read_bytes(), changes, size)):
-        (tmp_path / "train.idx").write_bytes(content)
-        try:
-            corpus = Corpus(str(tmp_path / "train"))
-        except UserError as error:
-            assert "\n" not in str(error)
-            continue
+    contents = (noise, mutate((good / "train.idx").read_bytes(), changes, size))
+    for corpus in accepted(lambda path: Corpus(path[:-4]), tmp_path / "train.idx", contents):
         # Other lengths of lines, or another type of the same size, leave the size in bytes.
         assert corpus.tokens.tobytes() == tokens.tobytes()
         assert corpus.total_tokens == len(corpus.tokens)
@@ -343,13 +343,8 @@ def test_index_reader(good, tmp_path, noise, changes, size):
 @fuzz
 @given(noise=st.binary(max_size=100), changes=mutations, size=st.integers(0, 10**6))
 def test_symbols_reader(tmp_path, noise, changes, size):
-    for content in (noise, mutate(b"10\n97\n98\n255\n", changes, size)):
-        (tmp_path / "symbols.txt").write_bytes(content)
-        try:
-            symbols = read_symbols(str(tmp_path / "symbols.txt"))
-        except UserError as error:
-            assert "\n" not in str(error)
-            continue
+    contents = (noise, mutate(b"10\n97\n98\n255\n", changes, size))
+    for symbols in accepted(read_symbols, tmp_path / "symbols.txt", contents):
         assert len(symbols) == len(set(symbols)) and all(0 <= value < 256 for value in symbols)
 
 
@@ -358,11 +353,6 @@ def test_symbols_reader(tmp_path, noise, changes, size):
 def test_weights_reader(tmp_path, noise, changes, size):
     expected = torch.arange(6.0).view(2, 3)
     torch.save({"a.weight": expected}, tmp_path / "whole.pt")
-    for content in (noise, mutate((tmp_path / "whole.pt").read_bytes(), changes, size)):
-        (tmp_path / "weights.pt").write_bytes(content)
-        try:
-            weights = read_weights(str(tmp_path / "weights.pt"))
-        except UserError as error:
-            assert "\n" not in str(error)
-            continue
+    contents = (noise, mutate((tmp_path / "whole.pt").read_bytes(), changes, size))
+    for weights in accepted(read_weights, tmp_path / "weights.pt", contents):
         assert list(weights) == ["a.weight"] and torch.equal(weights["a.weight"], expected)

@@ -12,15 +12,12 @@ from fairseq import checkpoint_utils
 from fairseq_sha import UserError
 from fairseq_sha.models.sha_rnn import SHARNN
 from tests.commands import REPOSITORY, command, hydra_train, logged_losses
+from tests.options import SHA_RNN
 from tests.tiny_corpus import write_folder
 
 TEST_BYTES = 833
 
-TRAINING = """
-    --arch sha_rnn_small --width 16 --num-layers 2 --attention-layers 1 --window 60
-    --tokens-per-sample 40 --random-segment-lengths --batch-size 4 --num-workers 0
-    --optimizer min_trust_lamb --min-trust 0.25 --lr 0.01 --warmup-updates 5 --clip-norm 0.25
-    --criterion cross_entropy --log-interval 1 --log-format simple --cpu
+TRAINING = f"""{SHA_RNN}
     --validate-interval-updates 7 --save-interval-updates 7 --no-epoch-checkpoints
 """
 

@@ -10,28 +10,13 @@ from fairseq_sha.models.min_rnn import MinRNN
 from fairseq_sha.models.srupp import SRUpp
 from fairseq_sha.models.transformer_xl import TransformerXL
 from tests.commands import command, logged_losses
+from tests.options import COMMON, FAMILIES
 from tests.test_commands import in_process
 from tests.tiny_corpus import write_folder
 
 TEST_BYTES = 833
 
-COMMON = """
-    --width 16 --num-layers 2 --dropout 0.1
-    --tokens-per-sample 40 --random-segment-lengths --batch-size 4 --num-workers 0
-    --log-interval 1 --log-format simple --cpu --save-interval-updates 7 --no-epoch-checkpoints
-"""
-TRAINING = {
-    TransformerXL: f"""{COMMON} --arch transformer_xl --n-head 2 --d-inner 32 --mem-len 60
-        --optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 0.25""",
-    AdaptiveSpan: f"""{COMMON} --arch adaptive_span --n-head 2 --d-inner 32
-        --attn-span 100 --adapt-span-ramp 8 --adapt-span-init 0 --adapt-span-loss 1e-2
-        --optimizer clipped_adagrad --lr 0.07 --warmup-updates 5
-        --criterion cross_entropy_with_auxiliary_losses""",
-    SRUpp: f"""{COMMON} --arch srupp --projection 8 --attn-every-n-layers 2 --eval-unroll 40
-        --optimizer radam --weight-decay 0.1 --lr 0.2 --warmup-updates 5 --clip-norm 1.0""",
-    MinRNN: f"""{COMMON} --arch min_rnn --cell min_lstm --d-inner 32
-        --optimizer adam --lr 0.03 --lr-scheduler cosine --clip-norm 1.0""",
-}
+MODELS = (TransformerXL, AdaptiveSpan, SRUpp, MinRNN)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +24,11 @@ def data(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data"), test=TEST_BYTES)
 
 
-@pytest.fixture(scope="module", params=TRAINING, ids=lambda family: family.__name__)
+@pytest.fixture(scope="module", params=MODELS, ids=lambda family: family.__name__)
 def trained(request, data, tmp_path_factory):
     """A model class, its options, and an uninterrupted run: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    options = TRAINING[request.param] + " --max-update 30"
+    options = FAMILIES[request.param.__name__] + " --max-update 30"
     done = command("fairseq-train", data, f"{options} --save-dir {folder}")
     assert done.returncode == 0, done.stdout
     return request.param, options, folder, done.stdout

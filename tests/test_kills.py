@@ -8,18 +8,11 @@ import pytest
 import torch
 
 from tests.commands import command, logged_losses, start
-from tests.test_families import TRAINING
+from tests.options import FAMILIES, SHA_RNN
 from tests.tiny_corpus import write_folder
 
 # Three files are written every three updates: the run spends much of its time there.
 FREQUENT = "--save-interval-updates 3 --keep-interval-updates 2 --max-update 60"
-SHA_RNN = """
-    --arch sha_rnn_small --width 16 --num-layers 2 --attention-layers 1 --window 60
-    --tokens-per-sample 40 --random-segment-lengths --batch-size 4 --num-workers 0
-    --optimizer min_trust_lamb --min-trust 0.25 --lr 0.01 --warmup-updates 5 --clip-norm 0.25
-    --criterion cross_entropy --log-interval 1 --log-format simple --cpu
-"""
-FAMILIES = {"SHARNN": SHA_RNN, **{model.__name__: text for model, text in TRAINING.items()}}
 #: with updates of two segments
 ACCUMULATION = "--update-freq 2"
 KILLS = 5

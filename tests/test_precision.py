@@ -9,8 +9,8 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from tests.commands import REPOSITORY, command, hydra_train, logged_losses
+from tests.options import FAMILIES, SHA_RNN
 from tests.test_commands import in_process
-from tests.test_kills import FAMILIES, SHA_RNN
 from tests.tiny_corpus import write_folder
 
 BITS = 0.03  # by which bfloat16 may differ from float32, per byte, in the first updates

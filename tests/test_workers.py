@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from tests.commands import command, logged_losses, start
-from tests.test_families import TRAINING
-from tests.test_kills import SHA_RNN
+from tests.options import FAMILIES, SHA_RNN
 from tests.tiny_corpus import write_folder
 
 OPTIONS = "--tokens-per-sample 40 --save-interval-updates 4 --max-update 10"
-FAMILIES = {
+NO_DROPOUT = {
+    **{name: f"{text} --dropout 0" for name, text in FAMILIES.items()},
     "SHARNN": f"{SHA_RNN} --dropout-input 0 --dropout-hidden 0 --dropout-output 0",
-    **{model.__name__: f"{text} --dropout 0" for model, text in TRAINING.items()},
 }
 
 
@@ -72,7 +71,7 @@ def same_weights(one, other):
 )
 def test_two_workers_with_half_the_streams_give_what_one_gives(data, tmp_path, name, extra):
     """In training and in the validation inside it; and each resumes what the other began."""
-    options = f"{FAMILIES[name]} {OPTIONS} {extra}"
+    options = f"{NO_DROPOUT[name]} {OPTIONS} {extra}"
     one = command("fairseq-train", data, f"{options} --save-dir {tmp_path / 'one'}")
     assert one.returncode == 0, one.stdout
     half = options.replace("--batch-size 4", "--batch-size 2")
@@ -94,7 +93,7 @@ def test_two_workers_with_half_the_streams_give_what_one_gives(data, tmp_path, n
 
 
 def test_other_number_of_streams_begins_the_epoch_again(data, tmp_path):
-    options = f"{FAMILIES['SHARNN']} {OPTIONS} --save-dir {tmp_path}"
+    options = f"{NO_DROPOUT['SHARNN']} {OPTIONS} --save-dir {tmp_path}"
     train_with_workers(data, options.replace("--batch-size 4", "--batch-size 2"))
     more = command("fairseq-train", data, f"{options} --batch-size 2 --max-update 12")
     assert more.returncode == 0, more.stdout
@@ -102,7 +101,7 @@ def test_other_number_of_streams_begins_the_epoch_again(data, tmp_path):
 
 
 def test_worker_that_dies_stops_the_others(data, tmp_path):
-    options = f"{FAMILIES['SHARNN']} --max-update 3000 --save-dir {tmp_path}"
+    options = f"{NO_DROPOUT['SHARNN']} --max-update 3000 --save-dir {tmp_path}"
     first, second = start_workers(data, options)
     second.wait_for(lambda: "begin training epoch" in first.output())
     second.kill()

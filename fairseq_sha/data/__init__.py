@@ -1,6 +1,6 @@
 from fairseq_sha.data.byte_dictionary import ByteDictionary
 from fairseq_sha.data.corpus import Corpus
-from fairseq_sha.data.segment_iterator import SegmentIterator, check_symbols
+from fairseq_sha.data.segment_iterator import SegmentIterator
 from fairseq_sha.data.segments import SegmentDataset, SegmentId, segment_lengths, stream_bounds
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "SegmentDataset",
     "SegmentId",
     "SegmentIterator",
-    "check_symbols",
     "segment_lengths",
     "stream_bounds",
 ]

@@ -2,11 +2,10 @@
 
 import logging
 import math
-from itertools import zip_longest
 
 from fairseq.data.iterators import EpochBatchIterator
 
-from fairseq_sha.errors import UserError
+from fairseq_sha.checkpoints import check_symbols
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class SegmentIterator(EpochBatchIterator):
         self.like = like
         self.symbols = symbols
         self.max_carried_bytes = max_carried_bytes
-        self.num_workers_with_streams = dataset.num_streams // dataset.batch_size
+        self.training_workers = dataset.num_streams // dataset.batch_size
 
     @property
     def first_batch(self):
@@ -58,7 +57,7 @@ class SegmentIterator(EpochBatchIterator):
 
     def carried_bytes(self):
         """Size of the carried state over the streams of all workers."""
-        return self.carried.size() * self.num_workers_with_streams
+        return self.carried.size() * self.training_workers
 
     def saves_carried_state(self):
         """Whether a checkpoint written now should hold the carried state."""
@@ -68,7 +67,7 @@ class SegmentIterator(EpochBatchIterator):
     def gather_carried_state(self):
         """Before a checkpoint, all of several workers must call this, for the first to save the
         state of all streams."""
-        if self.num_workers_with_streams > 1 and self.saves_carried_state():
+        if self.training_workers > 1 and self.saves_carried_state():
             self.carried.gather()
 
     def state_dict(self):
@@ -124,20 +123,3 @@ class SegmentIterator(EpochBatchIterator):
 def _streams_of(saved):
     """How many streams a state has, or None if it holds nothing."""
     return next((v.size(1) for layer in saved["state"] for v in layer.values()), None)
-
-
-def check_symbols(trained, own):
-    """Compare the dictionary that a checkpoint was trained with (a list of symbols, or None if it
-    does not say) with the one in use.
-
-    Raises:
-        UserError: they differ
-    """
-    if trained is None or own is None or trained == own:
-        return
-    pairs = enumerate(zip_longest(trained, own))
-    i, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-    raise UserError(
-        f"the checkpoint was trained with another dictionary, in which token {i} was {before!r}, "
-        f"not {now!r}; name the data folder that it was trained with"
-    )

@@ -24,11 +24,11 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
 from omegaconf import II
 
-from fairseq_sha.checkpoints import replace_damaged_last_checkpoint
+from fairseq_sha.checkpoints import check_symbols, replace_damaged_last_checkpoint
 from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
     CrossEntropyWithAuxiliaryLosses,
 )
-from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator, check_symbols
+from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator
 from fairseq_sha.errors import UserError
 
 
@@ -214,7 +214,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         if max_sentences < 1:
             raise UserError(f"--batch-size {max_sentences}: must be at least 1")
         if num_shards > 1 and not self.is_training:
-            refuse_workers(num_shards)
+            raise UserError(
+                f"{num_shards} workers: fairseq would report the score of one worker's part as "
+                "that of the whole; evaluate with one (--distributed-world-size 1)"
+            )
         split = next(name for name, loaded in self.datasets.items() if loaded is dataset)
         training = self.is_training and split == self.cfg.train_subset
         if training and max_sentences * num_shards > len(dataset):
@@ -262,11 +265,12 @@ class SegmentLanguageModelingTask(FairseqTask):
                 "--context-window has no use here: every token is scored once, with the state "
                 "carried from all text before it; leave it out"
             )
-        if num_shards > 1:
-            refuse_workers(num_shards)
         kwargs = {k: kwargs[k] for k in ("num_workers", "data_buffer_size") if k in kwargs}
         return self.get_batch_iterator(
-            dataset, max_sentences=1 if batch_size is None else batch_size, **kwargs
+            dataset,
+            max_sentences=1 if batch_size is None else batch_size,
+            num_shards=num_shards,
+            **kwargs,
         ).next_epoch_itr(shuffle=False)
 
     # Text is one stream without an end. Generation therefore takes newline for what came before the
@@ -339,10 +343,3 @@ class SegmentLanguageModelingTask(FairseqTask):
         return generator.generate(
             models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos()
         )
-
-
-def refuse_workers(number):
-    raise UserError(
-        f"{number} workers: fairseq would report the score of one worker's part as that of the "
-        "whole; evaluate with one (--distributed-world-size 1)"
-    )

@@ -15,7 +15,10 @@ from .helpers import read_back
 try:
     PATH = enwiki6.find()
 except UserError as error:
-    PATH, REASON = None, f"the real corpus is part of gensim, which make test installs: {error}"
+    PATH, REASON = (
+        None,
+        f"needs the Wikipedia that gensim carries, as under make test: {error}",
+    )
 else:
     REASON = ""
 needs_gensim = pytest.mark.skipif(PATH is None, reason=REASON)
