@@ -90,6 +90,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/adaptive_span.py
+	$(BIN)/python benchmarks/recurrences.py
 
 clean:
 	rm -rf $(VENV) $(VENV38) data-bin runs checkpoints

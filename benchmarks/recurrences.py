@@ -1,12 +1,45 @@
-"""A training step of each recurrence, forward and backward, beside a plain loop over time.
+"""A training step of each recurrence, forward and backward, beside loops over time under autograd.
+
+Two loops: the definition in ``fairseq_sha.ops``, which takes the steps apart at once; and one as
+most would first write it, which reads ``a[t]`` at each step, so that its gradient adds up a tensor
+as large as all of ``a`` for each step. That one takes minutes, and is run once.
 
 python benchmarks/recurrences.py
 """
+
+import time
 
 import torch
 from timing import arguments, compare, describe_machine
 
 from fairseq_sha.ops import linear_recurrence, linear_recurrence_reference, sru, sru_reference
+
+
+def indexed_linear_recurrence(a, b, h):
+    states = []
+    for t in range(len(a)):
+        h = a[t] * h + b[t]
+        states.append(h)
+    return torch.stack(states), h
+
+
+def indexed_sru(u, x, weight, bias, c):
+    outputs = []
+    for t in range(len(u)):
+        f = torch.sigmoid(u[t, :, 1] + weight[0] * c + bias[0])
+        r = torch.sigmoid(u[t, :, 2] + weight[1] * c + bias[1])
+        c = u[t, :, 0] + (c - u[t, :, 0]) * f
+        outputs.append(x[t] + (c - x[t]) * r)
+    return torch.stack(outputs), c
+
+
+def report(ours, definition, indexed, tensors, repeats):
+    cases = {"ours": step(ours, tensors), "definition": step(definition, tensors)}
+    medians = compare(cases, repeats, baseline="ours")
+    start = time.perf_counter()
+    step(indexed, tensors)()
+    taken = 1e3 * (time.perf_counter() - start)
+    print(f"| loop that reads a[t] | {taken:.0f} | once | {taken / medians['ours']:.0f} |")
 
 
 def step(form, inputs):
@@ -36,15 +69,16 @@ def main():
 
     print("\nSRU\n")
     tensors = inputs((*shape[:2], 3, args.width), shape, per_unit, per_unit, state)
-    cases = {"ours": step(sru, tensors), "plain loop": step(sru_reference, tensors)}
-    compare(cases, args.repeats, baseline="ours")
+    report(sru, sru_reference, indexed_sru, tensors, args.repeats)
     print("\ngated linear recurrence\n")
     tensors = [torch.rand(shape, requires_grad=True), *inputs(shape, state)]
-    cases = {
-        "ours": step(linear_recurrence, tensors),
-        "plain loop": step(linear_recurrence_reference, tensors),
-    }
-    compare(cases, args.repeats, baseline="ours")
+    report(
+        linear_recurrence,
+        linear_recurrence_reference,
+        indexed_linear_recurrence,
+        tensors,
+        args.repeats,
+    )
 
 
 if __name__ == "__main__":

@@ -42,13 +42,15 @@ class _LinearRecurrence(torch.autograd.Function):
     def backward(ctx, gradient):
         a, h0, states = ctx.saved_tensors
         total = reverse_scan(a, gradient)
-        before = torch.cat([h0.unsqueeze(0), states[:-1]])
-        return total * before, total, total[0] * a[0]
+        of_a = torch.empty_like(a)
+        torch.mul(total[0], h0, out=of_a[0])
+        torch.mul(total[1:], states[:-1], out=of_a[1:])
+        return of_a, total, total[0] * a[0]
 
 
-def scan(a, b, h0, reverse=False):
+def scan(a, b, h0, reverse=False, out=None):
     """``h_t = a_t * h_(t-1) + b_t`` from ``h0``, without gradient; backwards in time if
-    ``reverse``: ``h_t = a_t * h_(t+1) + b_t``.
+    ``reverse``: ``h_t = a_t * h_(t+1) + b_t``. Written to ``out``, a contiguous tensor, if given.
 
     On a GPU it is one Triton kernel. On CPU, where starting an operation costs little, it is one
     fused operation a step.
@@ -56,13 +58,13 @@ def scan(a, b, h0, reverse=False):
     if a.device.type == "cuda":
         from fairseq_sha.ops.triton_kernels import scan as triton_scan
 
-        return triton_scan(a, b, h0, reverse)
-    return scan_step_by_step(a, b, h0, reverse)
+        return triton_scan(a, b, h0, reverse, out)
+    return scan_step_by_step(a, b, h0, reverse, out)
 
 
-def scan_step_by_step(a, b, h0, reverse=False):
+def scan_step_by_step(a, b, h0, reverse=False, out=None):
     """:func:`scan` on CPU."""
-    states = torch.empty_like(b, memory_format=torch.contiguous_format)
+    states = torch.empty_like(b, memory_format=torch.contiguous_format) if out is None else out
     steps = zip(a.unbind(), b.unbind(), states.unbind())
     for factor, term, state in reversed(list(steps)) if reverse else steps:
         h0 = torch.addcmul(term, factor, h0, out=state)
@@ -72,7 +74,8 @@ def scan_step_by_step(a, b, h0, reverse=False):
 def reverse_scan(a, gradient):
     """The gradient of each ``b_t`` from that of each ``h_t``:
     ``g_t = gradient_t + a_(t+1) * g_(t+1)``."""
-    last = gradient[-1:]
-    if len(a) == 1:
-        return last.clone()
-    return torch.cat([scan(a[1:], gradient[:-1], gradient[-1], reverse=True), last])
+    total = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    total[-1] = gradient[-1]
+    if len(a) > 1:
+        scan(a[1:], gradient[:-1], gradient[-1], reverse=True, out=total[:-1])
+    return total

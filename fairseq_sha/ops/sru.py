@@ -4,6 +4,8 @@ import torch
 
 from fairseq_sha.ops.linear_recurrence import reverse_scan
 
+ELEMENTS_IN_CACHE = 2**17  # of each of a dozen tensors
+
 
 def sru(u, x, weight, bias, c0, mask=None):
     """Run the recurrence over a segment, element by element::
@@ -62,24 +64,31 @@ class _SRU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_o, of_last):
         u, x, weight, c0, mask, gates, states = ctx.saved_tensors
-        f, r = gates[:, :, 0], gates[:, :, 1]
-        before = torch.cat([c0.unsqueeze(0), states[:-1]])
-        of_u = torch.empty_like(u)
-        masked = of_o * mask
-        through_c = masked * r
-        of_r = torch.mul(masked, states - x, out=of_u[:, :, 2]).mul_(r * (1 - r))
-        slope = (before - u[:, :, 0]).mul_(f * (1 - f))  # of c_t with respect to f's argument
-        factor = torch.addcmul(f, slope, weight[0])  # of c_t with respect to c_(t-1)
-        term = through_c.clone()
-        term[:-1].addcmul_(of_r[1:], weight[1])
-        term[-1] += of_last
-        of_c = reverse_scan(factor, term)
-        torch.mul(of_c, 1 - f, out=of_u[:, :, 0])
-        torch.mul(of_c, slope, out=of_u[:, :, 1])
-        of_weight = (of_u[:, :, 1:] * before.unsqueeze(2)).sum((0, 1))
-        of_bias = of_u[:, :, 1:].sum((0, 1))
-        of_c0 = of_c[0] * factor[0] + of_r[0] * weight[1]
-        return of_u, of_o - through_c, of_weight, of_bias, of_c0, None
+        of_u, of_x = torch.empty_like(u), torch.empty_like(x)
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+        # On CPU a few steps at a time: what lies between is then still in the cache.
+        steps = len(u) if u.is_cuda else max(1, ELEMENTS_IN_CACHE // c0.numel())
+        for start in reversed(range(0, len(u), steps)):
+            now = slice(start, start + steps)
+            before = torch.cat([states[start - 1 : start] if start else c0[None], states[now][:-1]])
+            u0, f, r = u[now, :, 0], gates[now, :, 0], gates[now, :, 1]
+            masked = of_o[now] * mask
+            through_c = masked * r
+            of_gates = of_u[now, :, 1:]
+            of_f, of_r = of_gates.unbind(2)
+            torch.mul(masked, states[now] - x[now], out=of_r).mul_(r * (1 - r))
+            torch.sub(of_o[now], through_c, out=of_x[now])
+            slope = (before - u0).mul_(f * (1 - f))  # of c_t with respect to f's argument
+            factor = torch.addcmul(f, slope, weight[0])  # of c_t with respect to c_(t-1)
+            through_c[:-1].addcmul_(of_r[1:], weight[1])
+            through_c[-1] += of_last
+            of_c = reverse_scan(factor, through_c)
+            torch.mul(of_c, 1 - f, out=of_u[now, :, 0])
+            torch.mul(of_c, slope, out=of_f)
+            of_weight += (of_gates * before.unsqueeze(2)).sum((0, 1))
+            of_bias += of_gates.sum((0, 1))
+            of_last = of_c[0] * factor[0] + of_r[0] * weight[1]
+        return of_u, of_x, of_weight, of_bias, of_last, None
 
 
 def recur(u, weight, bias, c0):

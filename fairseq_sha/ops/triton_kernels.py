@@ -24,10 +24,10 @@ def _scan(a, b, h0, states, steps, columns, REVERSE: tl.constexpr, BLOCK: tl.con
         tl.store(states + at, h, mask=inside)
 
 
-def scan(a, b, h0, reverse=False):
+def scan(a, b, h0, reverse=False, out=None):
     """:func:`fairseq_sha.ops.linear_recurrence.scan` in one kernel."""
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
-    states = torch.empty_like(b)
+    states = torch.empty_like(b) if out is None else out
     columns = h0.numel()
     grid = (triton.cdiv(columns, BLOCK),)
     with torch.cuda.device_of(a):

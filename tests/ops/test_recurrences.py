@@ -23,8 +23,9 @@ def linear_inputs(length=7, dtype=torch.double):
     return [tensor.requires_grad_() for tensor in (a, b, torch.randn(2, 5, dtype=dtype))]
 
 
-def sru_inputs(length=7, dtype=torch.double):
-    shapes = [(length, 2, 3, 5), (length, 2, 5), (2, 5), (2, 5), (2, 5)]
+def sru_inputs(length=7, dtype=torch.double, streams=2, width=5):
+    state, per_unit = (streams, width), (2, width)
+    shapes = [(length, streams, 3, width), (length, *state), per_unit, per_unit, state]
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
@@ -56,6 +57,12 @@ def test_linear_recurrence_equals_its_definition(length):
 def test_sru_equals_its_definition(length, masked):
     mask = sru_mask() if masked else None
     check(sru, sru_reference, sru_inputs(length), mask)
+
+
+def test_sru_of_a_size_whose_gradient_is_taken_in_pieces():
+    inputs = sru_inputs(5, streams=64, width=1024)
+    mask = torch.randint(2, (64, 1024)).double()
+    check(sru, sru_reference, inputs, mask)
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -122,7 +129,10 @@ for dtype in (torch.float, torch.double):
             # Views, as the gradient passes them.
             inputs = a[1:], b[:-1], h0, reverse
             if steps > 1:
-                torch.testing.assert_close(scan(*inputs), scan_step_by_step(*inputs))
+                expected, out = scan_step_by_step(*inputs), torch.full_like(a, 7)
+                torch.testing.assert_close(scan(*inputs), expected)
+                assert scan(*inputs, out=out[:-1]).data_ptr() == out.data_ptr()
+                torch.testing.assert_close(out, torch.cat([expected, torch.full_like(a[:1], 7)]))
         torch.testing.assert_close(scan(a, b, h0), scan_step_by_step(a, b, h0))
         u = torch.randn(steps, streams, 3, width, dtype=dtype)
         weight, bias = torch.randn(2, 2, width, dtype=dtype).unbind()
