@@ -9,7 +9,11 @@ import os
 import torch
 
 from fairseq_sha import criterions, models, optim, tasks  # noqa: F401
-from fairseq_sha.checkpoints import explain_unreadable_checkpoints, keep_last_checkpoint_whole
+from fairseq_sha.checkpoints import (
+    explain_unreadable_checkpoints,
+    keep_last_checkpoint_whole,
+    save_settings_as_plain_values,
+)
 from fairseq_sha.errors import UserError, show_user_errors_in_one_line
 
 __all__ = ["UserError"]
@@ -17,6 +21,7 @@ __all__ = ["UserError"]
 show_user_errors_in_one_line()
 explain_unreadable_checkpoints()
 keep_last_checkpoint_whole()
+save_settings_as_plain_values()
 
 # Below 2.6 torch runs whatever code a checkpoint holds, unless told not to.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import zipfile
+from argparse import Namespace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -84,6 +85,22 @@ def keep_last_checkpoint_whole():
         return dst_path
 
     PathManager.copy = staticmethod(copy_local_files_at_once)
+
+
+def save_settings_as_plain_values():
+    """Make fairseq write settings of its older parts, such as its SGD, as a dict. It writes their
+    argparse.Namespace, which torch then refuses to load, since loading objects can run code."""
+    save = checkpoint_utils.torch_persistent_save
+
+    @functools.wraps(save)
+    def save_plain_values(obj, *args, **kwargs):
+        cfg = obj.get("cfg") if isinstance(obj, dict) else None
+        if isinstance(cfg, dict):
+            plain = {k: vars(v) if isinstance(v, Namespace) else v for k, v in cfg.items()}
+            obj = {**obj, "cfg": plain}
+        return save(obj, *args, **kwargs)
+
+    checkpoint_utils.torch_persistent_save = save_plain_values
 
 
 def explain_unreadable_checkpoints():

@@ -82,6 +82,20 @@ def test_killed_run_repeats_the_uninterrupted_one(data, tmp_path, name, extra):
         assert torch.equal(ours[key], theirs[key]), key
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_optimisers_of_fairseqs_older_kind_go_on(data, tmp_path, optimizer):
+    """Their settings are an object, which torch would refuse to load."""
+    options = f"{SHA_RNN} --save-dir {tmp_path} --max-update"
+    options = options.replace("min_trust_lamb --min-trust 0.25", optimizer)
+    options = options.replace("--warmup-updates 5", "")
+    for updates in (4, 7):
+        done = command("fairseq-train", data, f"{options} {updates}")
+        assert done.returncode == 0, done.stdout
+    assert set(logged_losses(done.stdout)) == {f"num_updates={i}" for i in (5, 6, 7)}
+    scored = command("fairseq-eval-lm", data, f"--path {tmp_path}/checkpoint_last.pt --cpu")
+    assert scored.returncode == 0, scored.stdout
+
+
 def test_run_without_carried_state_says_so(data, tmp_path):
     options = f"{SHA_RNN} --save-interval-updates 5 --save-dir {tmp_path} --max-update"
     never = f"{options} 12 --save-carried-state never"
