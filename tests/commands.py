@@ -84,9 +84,7 @@ def _run(argv, log):
         # multiprocessing would print a traceback instead of what the interpreter prints.
         sys.excepthook(*sys.exc_info())
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    sys.exit(status)
 
 
 def start(name, data, options, task="byte_language_modeling"):
