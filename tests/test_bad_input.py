@@ -278,7 +278,11 @@ def test_corpus_shorter_than_a_segment_is_no_mistake(good, tmp_path):
         ("fairseq-eval-lm", "--path {checkpoints}/malicious.pt", "malicious.pt: not a checkpoint"),
         ("fairseq-eval-lm", "--path {checkpoints}/SHARNN.pt --gen-subset x", "x.idx: no such file"),
         ("fairseq-validate", "--path {checkpoints}/truncated.pt", "truncated.pt: not a checkpoint"),
-        ("fairseq-generate", "--path {checkpoints}/SHARNN.pt", "fairseq-generate would take"),
+        (
+            "fairseq-generate",
+            "--path {checkpoints}/SHARNN.pt --gen-subset x",
+            "x.idx: no such file",
+        ),
     ],
 )
 def test_commands_end_with_one_line(good, checkpoints, tmp_path, name, words, expected):

@@ -226,6 +226,18 @@ def test_interactive_writes_text(data, whole_run):
         assert re.search(rf"^H-{number}\t\S+\t{prompt}", done.stdout, re.MULTILINE)
 
 
+def test_generate_goes_on_from_what_segments_begin_with(data, whole_run):
+    options = f"--path {whole_run[0] / 'checkpoint_last.pt'} --cpu --batch-size 3"
+    options += " --tokens-per-sample 50 --beam 1 --sampling --prefix-size 9 --max-len-b 30"
+    done = command("fairseq-generate", data, options)
+    assert done.returncode == 0, done.stdout
+    segments = dict(re.findall(r"^S-(\d+)\t(.*?)\nT-", done.stdout, re.MULTILINE | re.DOTALL))
+    texts = dict(re.findall(r"^H-(\d+)\t\S+\t(.*?)\nD-", done.stdout, re.MULTILINE | re.DOTALL))
+    assert len(segments) == len(texts) == -(-(TEST_BYTES - 1) // 50 // 3) * 3
+    for number, text in texts.items():
+        assert len(text) == 30 and text[:9] == segments[number][:9]
+
+
 def test_from_pretrained_samples_any_text(data, whole_run):
     model = SHARNN.from_pretrained(str(whole_run[0]), "checkpoint_last.pt", data)
     options = dict(sampling=True, max_len_b=120)
@@ -261,7 +273,7 @@ def test_prompt_longer_than_the_text_is_refused(data, whole_run):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("fairseq-generate", "--path {path} --cpu --batch-size 2", "fairseq-generate would take"),
+        ("fairseq-generate", "--path {path} --cpu", "--batch-size is missing"),
         ("fairseq-train", "--arch sha_rnn_small --cpu --max-tokens 500", "--batch-size is missing"),
         (
             "fairseq-eval-lm",

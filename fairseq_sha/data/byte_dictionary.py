@@ -43,6 +43,14 @@ class ByteDictionary(Dictionary):
                 )
         return dictionary
 
+    @classmethod
+    def of(cls, symbols):
+        """The dictionary of a checkpoint, from all of its symbols, the special ones included."""
+        dictionary = cls()
+        for symbol in symbols[dictionary.nspecial :]:
+            dictionary.add_symbol(symbol)
+        return dictionary
+
     def bytes_by_id(self):
         """The byte that each token id stands for, or None: a list of ``len(self)``."""
         values = [_byte_of(symbol) for symbol in self.symbols]

@@ -26,6 +26,10 @@ class Boom(nn.Module):
     def forward(self, x):
         """``[T, B, H] -> [T, B, H]``"""
         # gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702: one pass over the wide layer.
-        weight, bias = GELU_SLOPE * self.linear.weight, GELU_SLOPE * self.linear.bias
+        weight, bias = self.linear.weight, GELU_SLOPE * self.linear.bias
+        if x.numel() < weight.numel():  # as when generating
+            x = GELU_SLOPE * x
+        else:
+            weight = GELU_SLOPE * weight
         chunks = F.linear(x, weight, bias).unflatten(-1, (-1, self.width))
         return dropout(F.silu(chunks), self.p, self.training).sum(-2) / GELU_SLOPE

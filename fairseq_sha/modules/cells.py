@@ -15,6 +15,11 @@ class LSTM(nn.LSTM):
         super().__init__(width, width)
 
     def forward(self, x, state):
+        if len(x) == 1 and state and not torch.is_grad_enabled():
+            # For one step the kernel of segments takes longer to set up than to run.
+            start = state["h"][0], state["c"][0]
+            h, c = torch.lstm_cell(x[0], start, *self._flat_weights)
+            return h.unsqueeze(0), {"h": h.unsqueeze(0), "c": c.unsqueeze(0)}
         start = (state["h"], state["c"]) if state else None
         out, (h, c) = super().forward(x, start)
         return out, {"h": h, "c": c}

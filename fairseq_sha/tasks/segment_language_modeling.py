@@ -325,15 +325,13 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise UserError("--constraints is not supported; leave it out")
         if not isinstance(generator, SequenceGenerator):
             return generator.generate(models, sample)
-        if "segment" in sample["net_input"]:
-            raise UserError(
-                "fairseq-generate would take segments of the corpus for prompts; give prompts to "
-                "fairseq-interactive instead"
-            )
         inputs = sample["net_input"]["src_tokens"]
         # No hypothesis ends before the maximum length, which fairseq derives from the prompt's.
         generator.min_len = int(generator.max_len_a * inputs.size(1) + generator.max_len_b)
-        if prefix_tokens is None:
+        if "segment" in sample["net_input"]:
+            # fairseq-generate: the prompts are what segments begin with, --prefix-size tokens.
+            prefix_tokens = inputs[:, : 0 if prefix_tokens is None else prefix_tokens.size(1)]
+        elif prefix_tokens is None:
             prefix_tokens = inputs[:, 1:]
         if prefix_tokens.size(1) > generator.min_len:
             raise UserError(

@@ -1,0 +1,46 @@
+"""What the commands that use a trained model have in common."""
+
+import argparse
+import logging
+import os
+
+from fairseq_sha.errors import UserError
+from fairseq_sha.trained_model import TrainedModel
+
+
+def model_options():
+    """A parser, for ``parents``, of the options that name the model."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the trained model")
+    parser.add_argument(
+        "--data-bin",
+        metavar="DIR",
+        help="data folder that it was trained with, if the checkpoint does not hold its symbols",
+    )
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
+    return parser
+
+
+def load(args):
+    """The model that :func:`model_options` name."""
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq makes all packages talkative
+    return TrainedModel.load(args.path, args.data_bin, args.cpu)
+
+
+def check_new(paths):
+    """Refuse to write over files."""
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists already; move it away")
+
+
+def write(path, content):
+    """Write a file at once: under another name until it is whole.
+
+    Args:
+        path (Path): what to write
+        content (bytes or str)
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(unfinished, path)

@@ -1,0 +1,41 @@
+"""Bring back files that fairseq_sha.compress packed.
+
+    python -m fairseq_sha.decompress --path checkpoint.pt FILE.shac...
+
+Writes each FILE without the suffix. What cannot be brought back bit for bit is not written.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fairseq_sha.commands import check_new, load, model_options, write
+from fairseq_sha.compress import SUFFIX, decompress
+from fairseq_sha.errors import UserError
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m fairseq_sha.decompress",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[model_options()],
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar=f"FILE{SUFFIX}")
+    args = parser.parse_args(argv)
+    for path in args.files:
+        if path.suffix != SUFFIX:
+            raise UserError(f"{path}: does not end in {SUFFIX}; name what was compressed")
+    contents = [(path.with_suffix(""), path.read_bytes()) for path in args.files]
+    check_new(path for path, _ in contents)
+    model = load(args)
+    for path, packed in contents:
+        try:
+            write(path, decompress(model, packed, progress=True))
+        except UserError as error:
+            raise UserError(f"{path}{SUFFIX}: {error}")
+        print(f"{path}{SUFFIX}: {len(packed):,} to {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""What a trained model is for: text, scores, compressed files."""
+
+import io
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq_sha import UserError, compress, decompress, generate, score
+from fairseq_sha.trained_model import TrainedModel
+from tests.commands import REPOSITORY, command
+from tests.options import FAMILIES
+from tests.tiny_corpus import text, write_folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The checkpoint of each family, trained for a moment; its data folder is gone."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    data = write_folder(tmp_path_factory.mktemp("data"))
+    paths = {}
+    for family, options in FAMILIES.items():
+        save = folder / family
+        done = command("fairseq-train", data, f"{options} --max-update 12 --save-dir {save}")
+        assert done.returncode == 0, done.stdout
+        paths[family] = save / "checkpoint_last.pt"
+    for path in (folder.parent / data).iterdir():
+        path.unlink()
+    return paths
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, checkpoints):
+    return TrainedModel.load(checkpoints[request.param], cpu=True)
+
+
+@pytest.fixture
+def path(checkpoints):
+    return str(checkpoints["SHARNN"])
+
+
+@pytest.fixture
+def sha_rnn(path):
+    return TrainedModel.load(path, cpu=True)
+
+
+def test_bits_are_those_of_one_pass(model):
+    data = text(55, seed=5)  # two segments, within the window
+    expected = model.score(data.decode())["positional_scores"].double() / -np.log(2)
+    np.testing.assert_allclose(model.bits(data), expected, atol=1e-4)
+    assert len(model.bits(b"")) == 0
+
+
+def test_checkpoint_without_symbols_needs_its_data_folder(path, tmp_path):
+    state = torch.load(path, weights_only=False)
+    del state["task_state"]
+    torch.save(state, tmp_path / "old.pt")
+    with pytest.raises(UserError, match="dict.txt: no such file"):
+        TrainedModel.load(tmp_path / "old.pt", cpu=True)
+    data = write_folder(tmp_path)
+    model = TrainedModel.load(tmp_path / "old.pt", data, cpu=True)
+    assert len(model.bits(b"abc")) == 3
+
+
+def test_checkpoint_of_another_task_is_refused(path, tmp_path):
+    state = torch.load(path, weights_only=False)
+    state["cfg"]["task"]["_name"] = "language_modeling"
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="--task byte_language_modeling"):
+        TrainedModel.load(tmp_path / "other.pt", cpu=True)
+
+
+# Generation
+
+
+def test_any_prompt_is_continued(model):
+    for prompt in (b"", b"a", b"abc\nde\n", b"abc " * 40):
+        out = model.continuation(prompt, 30, sampling=True, beam=1)
+        assert len(out) == 30 and set(out) <= set(b"abcdefgh \n")
+    long = model.continuation(b"", 300, sampling=True, beam=1)
+    assert b"\n" in long[:-1]
+
+
+def test_bytes_that_are_no_text_are_generated(path):
+    """A byte that is no UTF-8 takes a letter's place in the dictionary."""
+    model = TrainedModel.load(path, cpu=True)
+    symbols = model.dictionary.symbols
+    symbols[symbols.index("97")] = "255"
+    model.dictionary.indices["255"] = model.dictionary.indices.pop("97")
+    out = model.continuation(b"\xffb", 200, sampling=True, beam=1)
+    assert b"\xff" in out and b"a" not in out and len(out) == 200
+
+
+def test_generate_writes_prompt_and_continuation(path, capfdbinary):
+    def written(*options):
+        generate.main(["--path", path, "--cpu", "--length", "60", *options])
+        return capfdbinary.readouterr().out
+
+    drawn = written("--prompt", "abc\nd", "--seed", "3")
+    assert drawn.startswith(b"abc\nd") and len(drawn) == 5 + 60 + 1
+    assert drawn == written("--prompt", "abc\nd", "--seed", "3")
+    assert drawn != written("--prompt", "abc\nd", "--seed", "4")
+    greedy = written("--beam", "1")
+    assert greedy == written("--top-k", "1") == written("--top-p", "1e-6")
+    assert greedy != written("--top-k", "100", "--seed", "3")
+    assert len(written("--beam", "3")) == 61
+    assert len(written("--samples", "2")) == 2 * 61
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--length", "0"], "--length 0: must be positive"),
+        (["--temperature", "-1"], "--temperature -1.0: must be positive"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be above 0, 1 at most"),
+        (["--top-k", "-2"], "--top-k -2: must be positive"),
+        (["--beam", "2", "--top-k", "2"], "--beam does not draw"),
+        (["--prompt", "z"], "byte 122 at offset 0"),
+    ],
+)
+def test_generate_refuses(path, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        generate.main(["--path", path, "--cpu", *options])
+
+
+def test_generate_goes_on_from_any_bytes_of_standard_input(path):
+    argv = [sys.executable, "-m", "fairseq_sha.generate", "--path", path, "--cpu"]
+    done = subprocess.run(
+        [*argv, "--prompt-file", "-", "--length", "20"],
+        cwd=REPOSITORY,
+        input=b"abc\n\nd",
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"abc\n\nd") and len(done.stdout) == 6 + 20 + 1
+
+
+# Scores
+
+
+def test_kinds_of_bytes():
+    line = "<b>The 1st</b> [[café]]'s\n== x ==\n*&amp; a*b"
+    kinds = score.kinds_of(line.encode())
+    assert len(kinds) == len(line.encode())
+    short = {"markup": "m", "digits": "d", "white space": "w", "other signs": "s"}
+    short.update({score.FIRST_LETTERS: "F", score.OTHER_LETTERS: "o"})
+    #                                      <b>The 1st</b> [[caféé]]'s
+    assert "".join(short[k] for k in kinds) == "mmmFoowdFommmmwmmFoooommsFw" + (
+        "mmwFwmmw" + "mmmmmmwFsF"
+    )
+
+
+def test_score_prints_what_the_text_costs(sha_rnn, path, tmp_path, capsys):
+    data = text(600, seed=7)
+    (tmp_path / "text").write_bytes(data)
+    bits = sha_rnn.bits(data)
+    score.main(["--path", path, "--cpu", "--per-line", str(tmp_path / "text")])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(str(tmp_path)))
+    assert f"600 bytes, {bits.mean():.3f} bits per byte, " in lines[start]
+    rows = [line.split("\t") for line in lines[:start]]
+    assert [row[2].encode() for row in rows] == data.rstrip(b"\n").split(b"\n")
+    assert sum(float(row[1]) for row in rows) == pytest.approx(bits.sum(), abs=0.05 * len(rows))
+    assert float(rows[0][0]) == pytest.approx(bits[: len(rows[0][2]) + 1].mean(), abs=6e-4)
+    cells = [line.split("|") for line in lines[start + 3 :]]
+    assert sum(int(row[2]) for row in cells) == 600
+    total = sum(int(row[2]) * float(row[3]) for row in cells)
+    assert total == pytest.approx(bits.sum(), abs=0.0005 * 600)
+
+
+class Text(HTMLParser):
+    """The text of a page within pre, and the colour of each character."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.inside, self.colour, self.characters, self.open = False, None, [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = self.inside or tag == "pre"
+        if self.inside and tag == "span":
+            self.colour = dict(attributes)["class"]
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "pre"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.characters += [(character, self.colour) for character in data]
+
+
+def test_picture_colours_each_character_by_its_cost():
+    data = "a<é\n&".encode() + b"\xff"
+    bits = np.array([0.1, 0.9, 2, 4, 99, 1.5, 7.2])
+    page = score.picture("<name>", "total", score.by_kind(data, bits), data, bits)
+    assert "<title>&lt;name&gt;</title>" in page and "http" not in page
+    colours = {"a": 0, "<": 1, "é": 6, "\u21b5": 15, "\n": 15, "&": 3, "\\": 14, "x": 14, "f": 14}
+    expected = [(c, f"c{colours[c]}") for c in "a<é\u21b5\n&\\xff"]
+    assert Text(page).characters == expected
+
+
+def test_score_draws_standard_input(path, tmp_path, monkeypatch, capsys):
+    def scored(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        score.main(["--path", path, "--cpu", "--html", str(tmp_path / "picture.html"), "-"])
+        page = Text((tmp_path / "picture.html").read_text(encoding="utf-8"))
+        shown = "".join(character for character, _ in page.characters)
+        return capsys.readouterr().out, shown
+
+    out, shown = scored(b"abc\ndef")
+    assert out.startswith("standard input: 7 bytes, ") and shown == "abc\u21b5\ndef"
+    out, shown = scored(b"")
+    assert out == "standard input: 0 bytes\n" and shown == ""
+
+
+# Compression
+
+
+@pytest.mark.parametrize("streams", [None, 1, 3])
+def test_files_come_back_bit_for_bit(model, streams):
+    known = text(331, seed=6)
+    for data in (b"", b"a", b"\xff", known, b"\x00\xffz" + known[:40] + bytes(range(256))):
+        assert decompress.decompress(model, compress.compress(model, data, streams)) == data
+
+
+def test_size_is_what_the_bits_promise(sha_rnn):
+    data = text(6001, seed=6)
+    promised = sum(sha_rnn.bits(part).sum() for part in (data[:3001], data[3001:]))
+    overhead = len(compress.compress(sha_rnn, b""))
+    size = len(compress.compress(sha_rnn, data, streams=2)) - overhead
+    assert 8 * size < promised * 1.005 + 32
+    assert overhead < 64
+
+
+def test_threads_are_what_they_were(sha_rnn):
+    before = torch.get_num_threads()
+    packed = compress.compress(sha_rnn, b"abc", threads=before + 1)
+    assert decompress.decompress(sha_rnn, packed) == b"abc"
+    assert torch.get_num_threads() == before
+
+
+def test_what_cannot_be_brought_back_is_refused(sha_rnn, checkpoints):
+    packed = compress.compress(sha_rnn, text(500))
+    for damaged in (packed[:-1], packed[:20], packed[:5], packed + b"x", b"", b"SHAC"):
+        with pytest.raises(UserError, match="damaged or cut off|not a file that"):
+            decompress.decompress(sha_rnn, damaged)
+    for at in range(0, len(packed), 7):
+        damaged = bytearray(packed)
+        damaged[at] ^= 16
+        with pytest.raises(UserError, match="damaged or cut off|not a file that"):
+            decompress.decompress(sha_rnn, bytes(damaged))
+    other = TrainedModel.load(checkpoints["MinRNN"], cpu=True)
+    with pytest.raises(UserError, match="another model"):
+        decompress.decompress(other, packed)
+
+
+def test_last_digits_that_differ_are_noticed(sha_rnn, monkeypatch):
+    packed = compress.compress(sha_rnn, text(500))
+    read = sha_rnn.read
+    monkeypatch.setattr(sha_rnn, "read", lambda *args: (read(*args)[0] * 1.001, read(*args)[1]))
+    with pytest.raises(UserError, match="other last digits here, for a reason unknown"):
+        decompress.decompress(sha_rnn, packed)
+    monkeypatch.setattr(compress, "identity_of_build", lambda _: b"elsewhere")
+    with pytest.raises(UserError, match="with another build of torch"):
+        decompress.decompress(sha_rnn, packed)
+
+
+def test_commands_compress_and_decompress(path, tmp_path, capsys):
+    contents = {"one": text(900), "two.txt": b"\xffabc"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = [str(tmp_path / name) for name in contents]
+    packed = [f"{file}.shac" for file in files]
+    options = ["--path", path, "--cpu"]
+    compress.main([*options, *files])
+    assert re.search(r"one: 900 to \d+ bytes, [0-9.]+ bits per byte", capsys.readouterr().out)
+    for main, again in ((compress.main, files), (decompress.main, packed)):
+        with pytest.raises(UserError, match="exists already"):
+            main([*options, *again])
+    for file in files:
+        Path(file).unlink()
+    decompress.main([*options, *packed])
+    assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
+    assert len(list(tmp_path.iterdir())) == 4
+    Path(files[0]).unlink()
+    Path(packed[0]).write_bytes(Path(packed[0]).read_bytes()[:-3])
+    with pytest.raises(UserError, match="one.shac: damaged or cut off"):
+        decompress.main([*options, packed[0]])
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "main, argv, message",
+    [
+        (compress.main, ["--streams", "0", "x"], "--streams 0: must be from 1 to 65535"),
+        (compress.main, ["--threads", "70000", "x"], "--threads 70000: must be"),
+        (decompress.main, ["x.gz"], "x.gz: does not end in .shac"),
+    ],
+)
+def test_options_of_compression_are_checked(main, argv, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["--path", "checkpoint.pt", *argv])
