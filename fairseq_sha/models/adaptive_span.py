@@ -159,12 +159,22 @@ class AdaptiveSpanDecoder(SegmentDecoder):
         self.span_loss = cfg.adapt_span_loss
         self.has_auxiliary_losses = cfg.adapt_span_loss > 0
         self.attn_span = cfg.attn_span
+        self.longest_when_exported = None
         self.key_positions = nn.Parameter(torch.randn(cfg.width // cfg.n_head, cfg.attn_span))
 
     def shared_by_layers(self, h, state):
-        # All layers' at once: each reading makes the CPU wait for the GPU.
-        longest = self.spans().detach().amax(1).tolist()
+        longest = self.longest_when_exported or self.longest()
         return self.key_positions, longest
+
+    def longest(self):
+        """The longest span of each layer, as a part of attn_span: a list of floats."""
+        # All layers' at once: each reading makes the CPU wait for the GPU.
+        return self.spans().detach().amax(1).tolist()
+
+    def prepare_for_onnx_export_(self):
+        """fairseq's hook: what is exported must not look at the values of tensors."""
+        super().prepare_for_onnx_export_()
+        self.longest_when_exported = self.longest()
 
     def spans(self):
         """The span of each layer's heads, as parts of attn_span: ``[layers, heads]``."""

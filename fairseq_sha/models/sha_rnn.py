@@ -137,8 +137,9 @@ class SHARNNLayer(nn.Module):
         rows = segment
         if memory is not None:
             room = max(self.window - len(segment), 0)
-            rows = torch.cat([memory[max(len(memory) - room, 0) :], segment])
-        return rows, rows[-self.window :]
+            # Sizes may be unknown, while a model is exported: hence sym_max for max, and not len.
+            rows = torch.cat([memory[torch.sym_max(memory.size(0) - room, 0) :], segment])
+        return rows, rows[torch.sym_max(rows.size(0) - self.window, 0) :]
 
 
 class SHARNNDecoder(SegmentDecoder):

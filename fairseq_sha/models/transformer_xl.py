@@ -164,7 +164,7 @@ class TransformerXLDecoder(SegmentDecoder):
                 nn.init.zeros_(module.bias)
 
     def shared_by_layers(self, h, state):
-        remembered = len(state[0]["memory"]) if state[0] else 0
+        remembered = state[0]["memory"].size(0) if state[0] else 0
         positions = self.embed_distances(remembered + len(h), h.device).to(h)
         return dropout(positions, self.p, self.training), self.content_bias, self.position_bias
 

@@ -49,12 +49,14 @@ def attend_reference(queries, keys, values, bias, p=0.0):
 def causal(queries, keys, same_length=None):
     """A bias by which position ``t`` of the segment sees the memory and positions 0 to ``t``, or of
     these only the last ``same_length``: ``[T, K]``, of the type of ``queries``."""
-    shape, memory = (len(queries), len(keys)), len(keys) - len(queries)
-    hidden = torch.full(shape, float("-inf"), dtype=queries.dtype, device=queries.device)
-    bias = hidden.triu(memory + 1)
+    memory = keys.size(0) - queries.size(0)
+    row = torch.arange(queries.size(0), device=queries.device).unsqueeze(1) + memory
+    column = torch.arange(keys.size(0), device=queries.device)
+    hidden = column > row
     if same_length is not None:
-        bias = bias + hidden.tril(memory - same_length)
-    return bias
+        hidden = hidden | (column <= row - same_length)
+    bias = torch.zeros_like(hidden, dtype=queries.dtype)
+    return bias.masked_fill(hidden, float("-inf"))
 
 
 def causal_relative(queries, positions, same_length=None):
@@ -73,7 +75,7 @@ def causal_relative(queries, positions, same_length=None):
     Returns:
         Tensor ``[N, T, K]``: a view
     """
-    length, total = len(queries), len(positions) - 1
+    length, total = queries.size(0), positions.size(0) - 1
     heads = queries.transpose(0, 1).unflatten(0, (-1, positions.size(1)))
     scores = torch.matmul(heads, positions.permute(1, 2, 0)).flatten(0, 1)
     row = torch.arange(length, device=scores.device).unsqueeze(1)
@@ -108,5 +110,6 @@ def band(scores, outside):
 
 def last_rows(memory, segment, number):
     """The memory that the next segment finds: the last so many rows of memory and segment."""
-    old = max(len(memory) + len(segment) - number, 0)
-    return torch.cat([memory[old:], segment[max(old - len(memory), 0) :]])
+    # Sizes may be unknown, while a model is exported: hence sym_max for max, and not len.
+    old = torch.sym_max(memory.size(0) + segment.size(0) - number, 0)
+    return torch.cat([memory[old:], segment[torch.sym_max(old - memory.size(0), 0) :]])

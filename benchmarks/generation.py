@@ -1,0 +1,80 @@
+"""Generation, one byte at a time: steps per second once a text has so many bytes.
+
+Models of about 3.5M parameters, with the weights they start with, beside fairseq's transformer_lm,
+which keeps the keys and values of all that came before. Times are of the model alone, under
+fairseq's incremental decoding.
+
+    python benchmarks/generation.py
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from fairseq import models
+from fairseq.data import Dictionary
+from omegaconf import OmegaConf
+from timing import arguments, describe_machine
+
+import fairseq_sha  # noqa: F401  registers the models
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CONFIGS = [
+    *(f"head_to_head/{name}" for name in ("sha_lstm", "sha_rnn", "adaptive_span")),
+    *(f"head_to_head/{name}" for name in ("transformer_xl", "transformer_lm")),
+    *(f"recurrences/{name}" for name in ("sha_sru", "srupp", "min_gru", "min_lstm")),
+]
+#: around each length, so many steps are timed
+STEPS = 25
+
+
+class Task:
+    """What building a model needs of a task."""
+
+    def __init__(self):
+        self.source_dictionary = self.target_dictionary = Dictionary()
+        for i in range(204):
+            self.source_dictionary.add_symbol(str(i))
+        self.cfg = None
+
+
+def build(name, longest):
+    section = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
+    if section["_name"] == "transformer_lm":
+        section.update(max_target_positions=longest + 1, tokens_per_sample=longest + 1)
+    return models.build_model(OmegaConf.create(section), Task()).eval()
+
+
+@torch.no_grad()
+def steps_per_second(model, lengths):
+    """The median around each length."""
+    state, times = {}, []
+    tokens = torch.randint(4, 200, (1, max(lengths) + 1))
+    for length in range(1, max(lengths) + 1):
+        start = time.perf_counter()
+        model.decoder(tokens[:, :length], incremental_state=state)
+        times.append(time.perf_counter() - start)
+    return [1 / statistics.median(times[max(n - STEPS, 1) : n]) for n in lengths]
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1000, 10000])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    print(describe_machine() + "; steps per second at a text of so many bytes\n")
+    print("| model | parameters | " + " | ".join(f"{n:,}" for n in args.lengths) + " |")
+    print("| --- " * (2 + len(args.lengths)) + "|")
+    for name in CONFIGS:
+        model = build(name, max(args.lengths))
+        speeds = steps_per_second(model, args.lengths)
+        parameters = sum(p.numel() for p in model.parameters())
+        cells = " | ".join(f"{speed:.0f}" for speed in speeds)
+        print(f"| {Path(name).name} | {parameters:,} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
