@@ -18,7 +18,7 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from timing import arguments, describe_machine
 
-import fairseq_sha  # noqa: F401  registers the models
+from fairseq_sha.models.segment_decoder import SegmentDecoder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = [
@@ -26,8 +26,8 @@ CONFIGS = [
     *(f"head_to_head/{name}" for name in ("transformer_xl", "transformer_lm")),
     *(f"recurrences/{name}" for name in ("sha_sru", "srupp", "min_gru", "min_lstm")),
 ]
-#: around each length, so many steps are timed
-STEPS = 25
+STEPS = 50  # that are timed, the last before each length
+SEGMENT = 128  # tokens, when reading what comes before
 
 
 class Task:
@@ -44,19 +44,28 @@ def build(name, longest):
     section = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
     if section["_name"] == "transformer_lm":
         section.update(max_target_positions=longest + 1, tokens_per_sample=longest + 1)
-    return models.build_model(OmegaConf.create(section), Task()).eval()
+    parent = {"model": section, "task": {"add_bos_token": False}, "common": {"tpu": False}}
+    return models.build_model(OmegaConf.create(parent).model, Task()).eval()
 
 
 @torch.no_grad()
-def steps_per_second(model, lengths):
-    """The median around each length."""
+def steps_per_second(model, length):
+    """The median of the last steps up to a length."""
     state, times = {}, []
-    tokens = torch.randint(4, 200, (1, max(lengths) + 1))
-    for length in range(1, max(lengths) + 1):
+    tokens = torch.randint(4, 200, (1, length + 1))
+    first = 1
+    if isinstance(model.decoder, SegmentDecoder):  # reads what comes before at once
+        first = max(length - STEPS, 1)
+        left = None
+        for segment in tokens[:, : first - 1].split(SEGMENT, 1):
+            _, left = model.decoder.read(segment.t(), left)
+        if left is not None:
+            model.decoder.keep_state_of_generation(state, left)
+    for now in range(first, length + 1):
         start = time.perf_counter()
-        model.decoder(tokens[:, :length], incremental_state=state)
+        model.decoder(tokens[:, :now], incremental_state=state)
         times.append(time.perf_counter() - start)
-    return [1 / statistics.median(times[max(n - STEPS, 1) : n]) for n in lengths]
+    return 1 / statistics.median(times[-STEPS:])
 
 
 def main():
@@ -70,7 +79,7 @@ def main():
     print("| --- " * (2 + len(args.lengths)) + "|")
     for name in CONFIGS:
         model = build(name, max(args.lengths))
-        speeds = steps_per_second(model, args.lengths)
+        speeds = [steps_per_second(model, length) for length in args.lengths]
         parameters = sum(p.numel() for p in model.parameters())
         cells = " | ".join(f"{speed:.0f}" for speed in speeds)
         print(f"| {Path(name).name} | {parameters:,} | {cells} |", flush=True)

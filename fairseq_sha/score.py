@@ -120,7 +120,7 @@ def picture(title, total, rows, data, bits):
         f".c{i}{{background:hsl({h:.0f} {s}% {lightness:.0f}%)}}"
         for i, (h, s, lightness) in enumerate(shades)
     ]
-    legend = [f'<span class="c{i}">{text}</span>' for i, text in enumerate(ranges)]
+    legend = [f'<span class="c{i}">{i * step:g}</span>' for i in range(COLOURS)]
     cells = "".join(
         f"<tr><td>{kind}<td>{count:,}<td>{cost / count:.3f}\n" for kind, count, cost in rows
     )
@@ -137,7 +137,7 @@ td{{padding-right:2em}} td+td{{text-align:right}} .legend span{{padding:0 .4em}}
 <p>{total}</p>
 <table><tr><th>kind<th>bytes<th>bits per byte
 {cells}</table>
-<p class="legend">{" ".join(legend)}</p>
+<p class="legend">bits per byte, from {" ".join(legend)}</p>
 <pre>{"".join(runs(data, bits, ranges))}</pre>
 </html>
 """

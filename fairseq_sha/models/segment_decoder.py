@@ -98,7 +98,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         if incremental_state is not None:
             state = self._state_of_generation(incremental_state)
             features, state = self.read(tokens[-1:], state)
-            self._keep_state_of_generation(incremental_state, state)
+            self.keep_state_of_generation(incremental_state, state)
         elif segment is not None:
             before = self.carried.before(segment, self.training)
             features, after = self.read(tokens, before)
@@ -169,7 +169,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             state[int(layer)][key] = tensor
         return state
 
-    def _keep_state_of_generation(self, incremental_state, state):
+    def keep_state_of_generation(self, incremental_state, state):
+        """Make a state that :meth:`read` left the one that generation goes on from."""
         flat = {
             f"{layer}.{key}": tensor
             for layer, tensors in enumerate(state)
