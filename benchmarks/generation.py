@@ -57,9 +57,9 @@ def steps_per_second(model, length):
     if isinstance(model.decoder, SegmentDecoder):  # reads what comes before at once
         first = max(length - STEPS, 1)
         left = None
-        for segment in tokens[:, : first - 1].split(SEGMENT, 1):
-            _, left = model.decoder.read(segment.t(), left)
-        if left is not None:
+        if first > 1:
+            for segment in tokens[:, : first - 1].split(SEGMENT, 1):
+                _, left = model.decoder.read(segment.t(), left)
             model.decoder.keep_state_of_generation(state, left)
     for now in range(first, length + 1):
         start = time.perf_counter()

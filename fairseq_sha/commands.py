@@ -28,10 +28,12 @@ def load(args):
 
 
 def check_new(paths):
-    """Refuse to write over files."""
+    """Refuse to write over files, or where nothing can be written."""
     for path in paths:
         if path.exists():
             raise UserError(f"{path}: exists already; move it away")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: its folder is missing or cannot be written to")
 
 
 def write(path, content):
@@ -42,5 +44,11 @@ def write(path, content):
         content (bytes or str)
     """
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()

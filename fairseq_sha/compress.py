@@ -3,14 +3,15 @@
     python -m fairseq_sha.compress --path checkpoint.pt FILE...
 
 Writes FILE.shac for each. python -m fairseq_sha.decompress brings the files back, bit for bit, with
-the same checkpoint, on the same machine with the same torch: the last digit of a probability
-decides, and that is not the same everywhere. A file is cut into streams that are read side by side.
-More of them are faster and compress worse: each begins without knowing what came before.
+the same checkpoint, on the same machine with the same installation, and --cpu or not, as before:
+the last digit of a probability decides, and that is not the same everywhere. A file is cut into
+streams that are read side by side. More of them are faster and compress worse: each begins without
+knowing what came before.
 """
 
 import argparse
-import contextlib
 import hashlib
+import logging
 import struct
 import sys
 import zlib
@@ -23,6 +24,9 @@ from tqdm import tqdm
 
 from fairseq_sha.commands import check_new, load, model_options, write
 from fairseq_sha.errors import UserError
+from fairseq_sha.trained_model import threads as use_threads
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".shac"
 MAGIC = b"SHAC\x01"  # the last byte is the version of the format
@@ -45,10 +49,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    for option in ("streams", "threads"):
-        value = getattr(args, option)
-        if value is not None and not 0 < value < 1 << 16:
-            raise UserError(f"--{option} {value}: must be from 1 to 65535")
+    check_numbers(args.streams, args.threads)
     contents = [(path, path.read_bytes()) for path in args.files]
     check_new(path.with_name(path.name + SUFFIX) for path in args.files)
     model = load(args)
@@ -68,7 +69,11 @@ def compress(model, data, streams=None, threads=1, progress=False):
         streams (int): parts that are coded side by side
         threads (int): of torch, while it is packed and unpacked
         progress (bool): whether to show on standard error how far it is
+
+    Raises:
+        UserError: impossible numbers of streams or threads
     """
+    check_numbers(streams, threads)
     if streams is None:
         streams = min(MOST_STREAMS, -(-len(data) // BYTES_PER_STREAM))
     coder = _constriction().stream.queue.RangeEncoder()
@@ -77,15 +82,22 @@ def compress(model, data, streams=None, threads=1, progress=False):
         coder.encode(symbols, *distribution)
         return symbols
 
+    build = identity_of_build(model)
+    header = HEADER.pack(model.identity, build, len(data), zlib.crc32(data), streams, threads)
     _code(model, np.frombuffer(data, np.uint8).copy(), streams, threads, encode, progress)
-    identities = identity_of_model(model), identity_of_build(model)
-    header = HEADER.pack(*identities, len(data), zlib.crc32(data), streams, threads)
     packed = MAGIC + header + coder.get_compressed().astype("<u4").tobytes()
     return packed + CHECKSUM.pack(zlib.crc32(packed))
 
 
-def decompress(model, packed, progress=False):
-    """The bytes that :func:`compress` packed. Arguments as there.
+def check_numbers(streams, threads):
+    """Raise a UserError for those that are impossible."""
+    for option, value, most in (("streams", streams, 65535), ("threads", threads, 1024)):
+        if value is not None and not 0 < value <= most:
+            raise UserError(f"--{option} {value}: must be from 1 to {most}")
+
+
+def read_header(model, packed):
+    """What :func:`compress` wrote before the coded bytes: a tuple, as in ``HEADER``.
 
     Raises:
         UserError: they were packed by something else, with another model, or are damaged
@@ -97,10 +109,23 @@ def decompress(model, packed, progress=False):
     if len(packed) < start + CHECKSUM.size or zlib.crc32(packed[: -CHECKSUM.size]) != checksum:
         raise UserError("damaged or cut off; copy it anew")
     header = HEADER.unpack(packed[len(MAGIC) : start])
-    of_model, of_build, size, checksum, streams, threads = header
-    if of_model != identity_of_model(model):
+    if header[0] != model.identity:
         raise UserError("was compressed with another model; name its checkpoint")
-    words = np.frombuffer(packed[start : -CHECKSUM.size], "<u4").astype(np.uint32)
+    return header
+
+
+def decompress(model, packed, progress=False):
+    """The bytes that :func:`compress` packed. Arguments as there.
+
+    Raises:
+        UserError: as :func:`read_header`, and where the model computes other last digits
+    """
+    _, build, size, checksum, streams, threads = read_header(model, packed)
+    if build != identity_of_build(model):
+        logger.warning("compressed with another installation or device: it may not be decodable")
+    words = np.frombuffer(packed[len(MAGIC) + HEADER.size : -CHECKSUM.size], "<u4").astype(
+        np.uint32
+    )
     coder = _constriction().stream.queue.RangeDecoder(words)
 
     def decode(symbols, family, *parameters):
@@ -112,11 +137,9 @@ def decompress(model, packed, progress=False):
     except AssertionError:  # how constriction refuses what no coder wrote
         data = np.zeros(0, np.uint8)
     if zlib.crc32(data.tobytes()) != checksum:
-        same = of_build == identity_of_build(model)
-        reason = "for a reason unknown" if same else "with another build of torch"
         raise UserError(
-            f"cannot be decoded: the model computes other last digits here, {reason}; "
-            "use the machine and the installation that compressed it"
+            "cannot be decoded: the model computes other last digits here; use the machine and the "
+            "installation that compressed it, and --cpu or not, as then"
         )
     return data.tobytes()
 
@@ -148,7 +171,7 @@ def _code(model, data, streams, threads, exchange, progress):
     offsets = length * np.arange(streams)
     tokens, state = torch.full((1, streams), dictionary.eos()), None
     coded = unknown = 0
-    with _threads(threads), tqdm(
+    with use_threads(threads), tqdm(
         total=len(data), unit="B", unit_scale=True, disable=not progress
     ) as bar:
         for step in range(length):
@@ -156,8 +179,9 @@ def _code(model, data, streams, threads, exchange, progress):
             active = int((lengths > step).sum())  # shorter ones come last
             at = offsets[:active] + step
             rows = logits[0, :active].cpu()[:, ids].double().softmax(-1)
-            share = (unknown + 1 / 256) / (coded + 1) if len(lacking) else 0.0
-            rows = torch.cat([rows * (1 - share), rows.new_full((active, 1), share)], dim=1)
+            if len(lacking):
+                share = (unknown + 1 / 256) / (coded + 1)
+                rows = torch.cat([rows * (1 - share), rows.new_full((active, 1), share)], dim=1)
             symbols = symbol_of[data[at]].astype(np.int32)
             symbols = exchange(symbols, categorical, rows.float().numpy())
             now = known[np.minimum(symbols, len(known) - 1)]
@@ -171,25 +195,6 @@ def _code(model, data, streams, threads, exchange, progress):
             tokens[0, :active] = torch.from_numpy(token_of[now])
             coded, unknown = coded + active, unknown + len(escaped)
             bar.update(active)
-
-
-@contextlib.contextmanager
-def _threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def identity_of_model(model):
-    """8 bytes that differ between models: of their settings and weights."""
-    digest = hashlib.sha256(repr(model.dictionary.symbols).encode())
-    for name, tensor in sorted(model.models[0].state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.digest()[:8]
 
 
 def identity_of_build(model):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from fairseq_sha.commands import check_new, load, model_options, write
-from fairseq_sha.compress import SUFFIX, decompress
+from fairseq_sha.compress import SUFFIX, decompress, read_header
 from fairseq_sha.errors import UserError
 
 
@@ -29,12 +29,20 @@ def main(argv=None):
     contents = [(path.with_suffix(""), path.read_bytes()) for path in args.files]
     check_new(path for path, _ in contents)
     model = load(args)
+    for path, packed in contents:  # before hours of work
+        named(path, read_header, model, packed)
     for path, packed in contents:
-        try:
-            write(path, decompress(model, packed, progress=True))
-        except UserError as error:
-            raise UserError(f"{path}{SUFFIX}: {error}")
-        print(f"{path}{SUFFIX}: {len(packed):,} to {path.stat().st_size:,} bytes")
+        data = named(path, decompress, model, packed, progress=True)
+        write(path, data)
+        print(f"{path}{SUFFIX}: {len(packed):,} to {len(data):,} bytes")
+
+
+def named(path, function, *args, **kwargs):
+    """Call a function; a UserError then names the file."""
+    try:
+        return function(*args, **kwargs)
+    except UserError as error:
+        raise UserError(f"{path}{SUFFIX}: {error}")
 
 
 if __name__ == "__main__":

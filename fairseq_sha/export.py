@@ -9,7 +9,7 @@ NAME.next. The file's metadata say, in JSON, what else is needed: ``bytes``, the
 comes before a text; ``state``, shapes by NAME at a start, when all is zero, with 0 for the number
 of streams. examples/onnx/generate.py shows all of it.
 
---int8 rounds the weights of matrix products to 8 bits, as onnxruntime's dynamic quantisation does.
+--int8 rounds weights to 8 bits, as onnxruntime's dynamic quantisation does.
 """
 
 import argparse
@@ -113,13 +113,13 @@ def export(model, path, length=1, int8=False):
 
 
 def _check_packages(int8):
+    version = torch.__version__.split(".")
+    if (int(version[0]), int(version[1])) < (2, 6):
+        raise UserError(f"torch {torch.__version__}: its exporter is too old; 2.6 or newer can")
     needed = ["onnx", "onnxscript"] + ["onnxruntime"] * int8
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{missing[0]} is missing; pip install 'fairseq-sha[export]'")
-    version = torch.__version__.split(".")
-    if (int(version[0]), int(version[1])) < (2, 6):
-        raise UserError(f"torch {torch.__version__}: its exporter is too old; 2.6 or newer can")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m fairseq_sha.generate --path checkpoint.pt --prompt "The history of" --length 300
 
-Writes the prompt and what follows it, any bytes, to standard output. A newline ends nothing, and
-symbols that stand for no byte are never chosen.
+Writes the prompt and what follows it, any bytes, and a newline to standard output. A newline ends
+no text, and symbols that stand for no byte are never chosen.
 """
 
 import argparse
@@ -48,6 +48,8 @@ def main(argv=None):
     else:
         text = args.prompt_file.read_bytes()
     model = load(args)
+    if (args.beam or 1) >= len(model.dictionary) // 2:
+        raise UserError(f"--beam {args.beam}: too many for {len(model.dictionary)} symbols")
     if args.top_k:
         options["sampling_topk"] = min(args.top_k, len(model.dictionary))
     if args.seed is not None:
@@ -65,6 +67,8 @@ def options_of(args):
         if value is not None and not (0 < value <= 1 if name == "top_p" else value > 0):
             limits = "above 0, 1 at most" if name == "top_p" else "positive"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {limits}")
+    if args.top_k and args.top_p:
+        raise UserError("--top-k and --top-p: choose one")
     if args.beam is not None:
         if args.top_k or args.top_p:
             raise UserError("--beam does not draw; leave --top-k and --top-p out")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq_sha.commands import load, model_options, write
+from fairseq_sha.commands import check_new, load, model_options, write
 
 # A byte is of the first kind that matches; bytes beyond ASCII are letters.
 MARKUP = rb"<[^<>\n]*>|&(?:[a-z]+|#\d+);|\[+|\]+|\{+|\}+|\|+|'{2,}|={2,}|^[*#:;]+"
@@ -44,6 +44,8 @@ def main(argv=None):
     parser.add_argument("--per-line", action="store_true", help="print the cost of each line")
     parser.add_argument("--html", type=Path, metavar="PICTURE", help="the text, coloured by cost")
     args = parser.parse_args(argv)
+    if args.html:
+        check_new([args.html])
     from_input = args.file == Path("-")
     data = sys.stdin.buffer.read() if from_input else args.file.read_bytes()
     model = load(args)

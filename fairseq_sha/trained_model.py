@@ -1,5 +1,8 @@
 """A trained model as its users want it: bytes in, bytes out, with no file but its checkpoint."""
 
+import contextlib
+import hashlib
+
 import numpy as np
 import torch
 from fairseq import checkpoint_utils, tasks
@@ -12,7 +15,7 @@ from fairseq_sha.errors import UserError
 
 
 class TrainedModel(GeneratorHubInterface):
-    """fairseq's ``.sample()`` and ``.score()``, for bytes as well as text, and reading in segments.
+    """fairseq's ``.sample()`` and ``.score()`` of text, and what reads and writes bytes.
 
     Text is one stream. Where it begins, a newline is taken for what came before.
 
@@ -24,6 +27,7 @@ class TrainedModel(GeneratorHubInterface):
         super().__init__(cfg, task, models)
         self.decoder = models[0].decoder
         self.dictionary = task.source_dictionary
+        self.identity = None
         self.eval()
 
     @classmethod
@@ -36,7 +40,8 @@ class TrainedModel(GeneratorHubInterface):
             cpu (bool): stay there, though there is a GPU
 
         Raises:
-            UserError: no checkpoint, or of something else than a byte-level model with state
+            OSError: the file cannot be read
+            UserError: it is no checkpoint of a model that --task byte_language_modeling trained
         """
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
         cfg = state["cfg"]
@@ -46,6 +51,7 @@ class TrainedModel(GeneratorHubInterface):
             )
         with open_dict(cfg):
             cfg.common.cpu = cpu
+            cfg.common.fp16 = cfg.common.bf16 = False
             cfg.task.data = data or cfg.task.data
             if "collapse" in cfg.model:  # over-parameterised vectors: the same, and faster
                 cfg.model.collapse = True
@@ -57,8 +63,11 @@ class TrainedModel(GeneratorHubInterface):
             task = tasks.setup_task(cfg.task)
             task.load_state_dict(state.get("task_state") or {})
         model = task.build_model(cfg.model, from_checkpoint=True)
-        model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
-        trained = cls(cfg, task, [model.float()])
+        identity = digest(state["model"], cfg.model, task.source_dictionary.symbols)
+        with threads(1):  # what is computed from the weights must not depend on their number
+            model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
+        trained = cls(cfg, task, [model])
+        trained.identity = identity
         return trained if cpu or not torch.cuda.is_available() else trained.cuda()
 
     def encode(self, text):
@@ -119,3 +128,30 @@ class TrainedModel(GeneratorHubInterface):
                 costs.append(chosen.cpu().numpy() / np.log(2))
                 bar.update(len(inputs))
         return np.concatenate(costs)
+
+
+def digest(weights, settings, symbols):
+    """8 bytes that differ between models.
+
+    Args:
+        weights (dict of str to Tensor): as in the checkpoint
+        settings (DictConfig): of the model
+        symbols (list of str): of its dictionary
+    """
+    described = sorted((key, str(value)) for key, value in settings.items())
+    total = hashlib.sha256(repr((described, symbols)).encode())
+    for name, tensor in sorted(weights.items()):
+        total.update(name.encode())
+        total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.digest()[:8]
+
+
+@contextlib.contextmanager
+def threads(number):
+    """Have torch use so many threads, and then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

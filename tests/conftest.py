@@ -8,6 +8,9 @@ import torch
 from fairseq.data import Dictionary
 
 import fairseq_sha  # noqa: F401  registers the plug-in
+from tests.commands import command
+from tests.options import FAMILIES
+from tests.tiny_corpus import write_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -16,6 +19,22 @@ GOLDEN = Path(__file__).parent / "golden"
 def seed():
     torch.manual_seed(1)
     np.random.seed(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """The checkpoint of each family, trained for a moment; its data folder is gone."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    data = write_folder(tmp_path_factory.mktemp("data"))
+    paths = {}
+    for family, options in FAMILIES.items():
+        save = folder / family
+        done = command("fairseq-train", data, f"{options} --max-update 12 --save-dir {save}")
+        assert done.returncode == 0, done.stdout
+        paths[family] = save / "checkpoint_last.pt"
+    for path in Path(data).iterdir():
+        path.unlink()
+    return paths
 
 
 def golden_cases(name):

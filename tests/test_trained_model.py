@@ -13,25 +13,9 @@ import torch
 
 from fairseq_sha import UserError, compress, decompress, generate, score
 from fairseq_sha.trained_model import TrainedModel
-from tests.commands import REPOSITORY, command
+from tests.commands import REPOSITORY
 from tests.options import FAMILIES
 from tests.tiny_corpus import text, write_folder
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """The checkpoint of each family, trained for a moment; its data folder is gone."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    data = write_folder(tmp_path_factory.mktemp("data"))
-    paths = {}
-    for family, options in FAMILIES.items():
-        save = folder / family
-        done = command("fairseq-train", data, f"{options} --max-update 12 --save-dir {save}")
-        assert done.returncode == 0, done.stdout
-        paths[family] = save / "checkpoint_last.pt"
-    for path in (folder.parent / data).iterdir():
-        path.unlink()
-    return paths
 
 
 @pytest.fixture(params=FAMILIES)
@@ -57,7 +41,7 @@ def test_bits_are_those_of_one_pass(model):
 
 
 def test_checkpoint_without_symbols_needs_its_data_folder(path, tmp_path):
-    state = torch.load(path, weights_only=False)
+    state = torch.load(path, weights_only=True)
     del state["task_state"]
     torch.save(state, tmp_path / "old.pt")
     with pytest.raises(UserError, match="dict.txt: no such file"):
@@ -68,7 +52,7 @@ def test_checkpoint_without_symbols_needs_its_data_folder(path, tmp_path):
 
 
 def test_checkpoint_of_another_task_is_refused(path, tmp_path):
-    state = torch.load(path, weights_only=False)
+    state = torch.load(path, weights_only=True)
     state["cfg"]["task"]["_name"] = "language_modeling"
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="--task byte_language_modeling"):
@@ -84,6 +68,26 @@ def test_any_prompt_is_continued(model):
         assert len(out) == 30 and set(out) <= set(b"abcdefgh \n")
     long = model.continuation(b"", 300, sampling=True, beam=1)
     assert b"\n" in long[:-1]
+
+
+def test_symbols_of_no_probability_do_not_end_sampling(path):
+    """As the one for the end has in imported weights, and any at a low temperature."""
+    model = TrainedModel.load(path, cpu=True)
+    with torch.no_grad():
+        model.decoder.output_bias[model.dictionary.bos()] = -1e4
+    out = model.continuation(b"abc", 20, sampling=True, beam=1)
+    assert len(out) == 20
+    tokens = model.encode(b"abc" + out)
+    hypothesis = model.generate(
+        [tokens], beam=1, sampling=True, temperature=0.003, max_len_b=len(tokens)
+    )[0][0]
+    assert torch.equal(hypothesis["tokens"][: len(tokens)], tokens)
+    logits, _ = model.read(
+        torch.cat([torch.tensor([model.dictionary.eos()]), tokens[:-1]])[:, None]
+    )
+    expected = (logits[:, 0] / 0.003).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    actual = hypothesis["positional_scores"][: len(tokens)]
+    torch.testing.assert_close(actual, expected, atol=0.1, rtol=1e-3)
 
 
 def test_bytes_that_are_no_text_are_generated(path):
@@ -120,6 +124,8 @@ def test_generate_writes_prompt_and_continuation(path, capfdbinary):
         (["--top-p", "1.5"], "--top-p 1.5: must be above 0, 1 at most"),
         (["--top-k", "-2"], "--top-k -2: must be positive"),
         (["--beam", "2", "--top-k", "2"], "--beam does not draw"),
+        (["--top-p", "0.5", "--top-k", "2"], "--top-k and --top-p: choose one"),
+        (["--beam", "500"], "--beam 500: too many for 16 symbols"),
         (["--prompt", "z"], "byte 122 at offset 0"),
     ],
 )
@@ -206,6 +212,7 @@ def test_picture_colours_each_character_by_its_cost():
 
 def test_score_draws_standard_input(path, tmp_path, monkeypatch, capsys):
     def scored(data):
+        (tmp_path / "picture.html").unlink(missing_ok=True)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         score.main(["--path", path, "--cpu", "--html", str(tmp_path / "picture.html"), "-"])
         page = Text((tmp_path / "picture.html").read_text(encoding="utf-8"))
@@ -237,11 +244,49 @@ def test_size_is_what_the_bits_promise(sha_rnn):
     assert overhead < 64
 
 
-def test_threads_are_what_they_were(sha_rnn):
-    before = torch.get_num_threads()
+def test_both_ways_use_the_given_threads(sha_rnn, monkeypatch):
+    before, seen, read = torch.get_num_threads(), set(), sha_rnn.read
+
+    def counting_read(*args):
+        seen.add(torch.get_num_threads())
+        return read(*args)
+
+    monkeypatch.setattr(sha_rnn, "read", counting_read)
     packed = compress.compress(sha_rnn, b"abc", threads=before + 1)
     assert decompress.decompress(sha_rnn, packed) == b"abc"
-    assert torch.get_num_threads() == before
+    assert seen == {before + 1} and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_model_that_knows_almost_all_bytes(sha_rnn, lacking):
+    """Its dictionary is widened, and its weights with it."""
+    dictionary, decoder = sha_rnn.dictionary, sha_rnn.decoder
+    known = {value for value in dictionary.bytes_by_id() if value is not None}
+    for value in sorted(set(range(256)) - known)[lacking:]:
+        dictionary.add_symbol(str(value))
+    more = len(dictionary) - len(decoder.embedding.weight)
+    decoder.embedding.weight.data = torch.nn.functional.pad(
+        decoder.embedding.weight.data, (0, 0, 0, more)
+    )
+    decoder.output_bias.data = torch.nn.functional.pad(decoder.output_bias.data, (0, more))
+    data = bytes(range(256)) + b"\x00\x00abc"
+    assert compress.decompress(sha_rnn, compress.compress(sha_rnn, data)) == data
+
+
+def test_model_trained_in_half_precision_is_used_in_single(path, tmp_path):
+    state = torch.load(path, weights_only=True)
+    state["cfg"]["common"]["bf16"] = True
+    state["model"] = {name: tensor.bfloat16() for name, tensor in state["model"].items()}
+    torch.save(state, tmp_path / "half.pt")
+    model = TrainedModel.load(tmp_path / "half.pt", cpu=True)
+    assert next(model.parameters()).dtype == torch.float32
+    assert compress.decompress(model, compress.compress(model, b"abc")) == b"abc"
+
+
+def test_numbers_are_checked_before_the_work(sha_rnn):
+    for numbers in ({"streams": 0}, {"streams": 70000}, {"threads": 0}):
+        with pytest.raises(UserError, match="must be from 1 to"):
+            compress.compress(sha_rnn, b"abc", **numbers)
 
 
 def test_what_cannot_be_brought_back_is_refused(sha_rnn, checkpoints):
@@ -259,15 +304,17 @@ def test_what_cannot_be_brought_back_is_refused(sha_rnn, checkpoints):
         decompress.decompress(other, packed)
 
 
-def test_last_digits_that_differ_are_noticed(sha_rnn, monkeypatch):
+def test_last_digits_that_differ_are_noticed(sha_rnn, monkeypatch, caplog):
     packed = compress.compress(sha_rnn, text(500))
     read = sha_rnn.read
     monkeypatch.setattr(sha_rnn, "read", lambda *args: (read(*args)[0] * 1.001, read(*args)[1]))
-    with pytest.raises(UserError, match="other last digits here, for a reason unknown"):
+    with pytest.raises(UserError, match="other last digits here; use the machine"):
         decompress.decompress(sha_rnn, packed)
+    assert "another installation" not in caplog.text
     monkeypatch.setattr(compress, "identity_of_build", lambda _: b"elsewhere")
-    with pytest.raises(UserError, match="with another build of torch"):
+    with pytest.raises(UserError, match="other last digits here; use the machine"):
         decompress.decompress(sha_rnn, packed)
+    assert "another installation" in caplog.text
 
 
 def test_commands_compress_and_decompress(path, tmp_path, capsys):
@@ -292,13 +339,15 @@ def test_commands_compress_and_decompress(path, tmp_path, capsys):
     with pytest.raises(UserError, match="one.shac: damaged or cut off"):
         decompress.main([*options, packed[0]])
     assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(UserError, match="its folder is missing"):
+        score.main([*options, files[1], "--html", str(tmp_path / "none" / "picture.html")])
 
 
 @pytest.mark.parametrize(
     "main, argv, message",
     [
         (compress.main, ["--streams", "0", "x"], "--streams 0: must be from 1 to 65535"),
-        (compress.main, ["--threads", "70000", "x"], "--threads 70000: must be"),
+        (compress.main, ["--threads", "70000", "x"], "--threads 70000: must be from 1 to 1024"),
         (decompress.main, ["x.gz"], "x.gz: does not end in .shac"),
     ],
 )

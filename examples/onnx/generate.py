@@ -29,6 +29,8 @@ for number in range(len(prompt) + args.length):
     logits, *left = session.run(None, {"tokens": np.array([[token]]), **state})
     state = dict(zip(state, left))
     if number < len(prompt):
+        if prompt[number] not in byte_of:
+            sys.exit(f"error: the model knows no byte {prompt[number]}; remove it from the prompt")
         token = byte_of.index(prompt[number])
     else:
         scores = np.where(forbidden, -np.inf, logits[0, 0])

@@ -20,6 +20,7 @@ from fairseq.data import (
 )
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim import AMPOptimizer, FP16Optimizer
+from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
 from omegaconf import II
@@ -63,6 +64,20 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     save_dir: str = II("checkpoint.save_dir")
     save_interval_updates: int = II("checkpoint.save_interval_updates")
+
+
+class SamplingOrForced(Sampling):
+    """fairseq's sampling, which draws even where it has left but one symbol, of a prompt or at the
+    end, and fails if that one's probability is too small for a float."""
+
+    def step(self, step, lprobs, *args, **kwargs):
+        allowed = lprobs > -math.inf
+        forced = allowed & (allowed.sum(-1, keepdim=True) == 1)
+        given = lprobs.masked_fill(~forced, 0.0).sum(-1)
+        scores, symbols, beams = super().step(
+            step, lprobs.masked_fill(forced, 0.0), *args, **kwargs
+        )
+        return scores + given, symbols, beams
 
 
 MAX_CARRIED_BYTES = {"auto": 1e9, "always": math.inf, "never": 0}
@@ -314,6 +329,11 @@ class SegmentLanguageModelingTask(FairseqTask):
         )
         if isinstance(generator, SequenceGenerator):
             generator.unk_penalty = math.inf
+            if isinstance(generator.search, Sampling):
+                search = generator.search
+                generator.search = SamplingOrForced(
+                    self.dictionary, search.sampling_topk, search.sampling_topp
+                )
         return generator
 
     def symbols_without_text(self):

@@ -60,6 +60,7 @@ def test_sru_equals_its_definition(length, masked):
 
 
 def test_sru_of_a_size_whose_gradient_is_taken_in_pieces():
+    assert 64 * 1024 * 5 > sys.modules[sru.__module__].ELEMENTS_IN_CACHE
     inputs = sru_inputs(5, streams=64, width=1024)
     mask = torch.randint(2, (64, 1024)).double()
     check(sru, sru_reference, inputs, mask)
