@@ -3,7 +3,7 @@
 #   make test            lint and all tests
 #   make test-long       with the tests that take long: runs that are killed, several workers
 #   make test-upstream   the same tests with upstream fairseq 0.12.2 on Python 3.8
-#   make bench           optimiser and training steps, as ratios
+#   make bench           speed: optimiser, training steps, recurrences, generation
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -91,6 +91,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/adaptive_span.py
 	$(BIN)/python benchmarks/recurrences.py
+	$(BIN)/python benchmarks/generation.py
 
 clean:
 	rm -rf $(VENV) $(VENV38) data-bin runs checkpoints
