@@ -8,9 +8,13 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.trained_model import TrainedModel
 
 
-def model_options():
-    """A parser, for ``parents``, of the options that name the model."""
-    parser = argparse.ArgumentParser(add_help=False)
+def model_parser(command, description):
+    """A parser of a command's arguments that has the options that name the model."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m fairseq_sha.{command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the trained model")
     parser.add_argument(
         "--data-bin",
@@ -22,7 +26,7 @@ def model_options():
 
 
 def load(args):
-    """The model that :func:`model_options` name."""
+    """The model that the options of :func:`model_parser` name."""
     logging.getLogger().setLevel(logging.WARNING)  # importing fairseq makes all packages talkative
     return TrainedModel.load(args.path, args.data_bin, args.cpu)
 

@@ -9,7 +9,6 @@ streams that are read side by side. More of them are faster and compress worse: 
 knowing what came before.
 """
 
-import argparse
 import hashlib
 import logging
 import struct
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fairseq_sha.commands import check_new, load, model_options, write
+from fairseq_sha.commands import check_new, load, model_parser, write
 from fairseq_sha.errors import UserError
 from fairseq_sha.trained_model import threads as use_threads
 
@@ -39,12 +38,7 @@ MOST_STREAMS = 64
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m fairseq_sha.compress",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[model_options()],
-    )
+    parser = model_parser("compress", __doc__)
     parser.add_argument("--streams", type=int, help="(default: one for each 32 KB, 64 at most)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")

@@ -5,22 +5,16 @@
 Writes each FILE without the suffix. What cannot be brought back bit for bit is not written.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from fairseq_sha.commands import check_new, load, model_options, write
+from fairseq_sha.commands import check_new, load, model_parser, write
 from fairseq_sha.compress import SUFFIX, decompress, read_header
 from fairseq_sha.errors import UserError
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m fairseq_sha.decompress",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[model_options()],
-    )
+    parser = model_parser("decompress", __doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar=f"FILE{SUFFIX}")
     args = parser.parse_args(argv)
     for path in args.files:

@@ -12,7 +12,6 @@ of streams. examples/onnx/generate.py shows all of it.
 --int8 rounds weights to 8 bits, as onnxruntime's dynamic quantisation does.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -24,17 +23,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fairseq_sha.commands import check_new, load, model_options
+from fairseq_sha.commands import check_new, load, model_parser
 from fairseq_sha.errors import UserError
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m fairseq_sha.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[model_options()],
-    )
+    parser = model_parser("export", __doc__)
     parser.add_argument("--save", required=True, type=Path, metavar="FILE", help="to write")
     parser.add_argument(
         "--length", type=int, default=1, help="tokens of each call (default: %(default)s)"

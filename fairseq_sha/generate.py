@@ -6,23 +6,17 @@ Writes the prompt and what follows it, any bytes, and a newline to standard outp
 no text, and symbols that stand for no byte are never chosen.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
-from fairseq_sha.commands import load, model_options
+from fairseq_sha.commands import load, model_parser
 from fairseq_sha.errors import UserError
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m fairseq_sha.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[model_options()],
-    )
+    parser = model_parser("generate", __doc__)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="(default: none)")
     prompt.add_argument(

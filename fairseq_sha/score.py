@@ -7,7 +7,6 @@ letters that begin a word, the other letters, digits, markup of XML and wiki, wh
 signs.
 """
 
-import argparse
 import html
 import re
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq_sha.commands import check_new, load, model_options, write
+from fairseq_sha.commands import check_new, load, model_parser, write
 
 # A byte is of the first kind that matches; bytes beyond ASCII are letters.
 MARKUP = rb"<[^<>\n]*>|&(?:[a-z]+|#\d+);|\[+|\]+|\{+|\}+|\|+|'{2,}|={2,}|^[*#:;]+"
@@ -32,12 +31,7 @@ BITS_PER_COLOUR = 0.5
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m fairseq_sha.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[model_options()],
-    )
+    parser = model_parser("score", __doc__)
     parser.add_argument(
         "file", type=Path, metavar="FILE", help="what to score; - is standard input"
     )
