@@ -12,15 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
-from fairseq import models
-from fairseq.data import Dictionary
-from omegaconf import OmegaConf
+from models import build, random_tokens, settings
 from timing import arguments, describe_machine
 
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = [
     *(f"head_to_head/{name}" for name in ("sha_lstm", "sha_rnn", "adaptive_span")),
     *(f"head_to_head/{name}" for name in ("transformer_xl", "transformer_lm")),
@@ -30,29 +26,18 @@ STEPS = 50  # that are timed, the last before each length
 SEGMENT = 128  # tokens, when reading what comes before
 
 
-class Task:
-    """What building a model needs of a task."""
-
-    def __init__(self):
-        self.source_dictionary = self.target_dictionary = Dictionary()
-        for i in range(204):
-            self.source_dictionary.add_symbol(str(i))
-        self.cfg = None
-
-
-def build(name, longest):
-    section = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
+def build_for(name, longest):
+    section = settings(name)["model"]
     if section["_name"] == "transformer_lm":
         section.update(max_target_positions=longest + 1, tokens_per_sample=longest + 1)
-    parent = {"model": section, "task": {"add_bos_token": False}, "common": {"tpu": False}}
-    return models.build_model(OmegaConf.create(parent).model, Task()).eval()
+    return build(section).eval()
 
 
 @torch.no_grad()
 def steps_per_second(model, length):
     """The median of the last steps up to a length."""
     state, times = {}, []
-    tokens = torch.randint(4, 200, (1, length + 1))
+    tokens = random_tokens(length + 1, 1).t()
     first = 1
     if isinstance(model.decoder, SegmentDecoder):  # reads what comes before at once
         first = max(length - STEPS, 1)
@@ -68,17 +53,17 @@ def steps_per_second(model, length):
     return 1 / statistics.median(times[-STEPS:])
 
 
-def main():
+def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1000, 10000])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     print(describe_machine() + "; steps per second at a text of so many bytes\n")
     print("| model | parameters | " + " | ".join(f"{n:,}" for n in args.lengths) + " |")
     print("| --- " * (2 + len(args.lengths)) + "|")
     for name in CONFIGS:
-        model = build(name, max(args.lengths))
+        model = build_for(name, max(args.lengths))
         speeds = [steps_per_second(model, length) for length in args.lengths]
         parameters = sum(p.numel() for p in model.parameters())
         cells = " | ".join(f"{speed:.0f}" for speed in speeds)

@@ -11,11 +11,11 @@ from fairseq_sha.models.sha_rnn import SHARNNDecoder, SHARNNEnwik8Config
 from fairseq_sha.optim.min_trust_lamb import MinTrustLAMB, min_trust_lamb_reference
 
 
-def parameters(dictionary):
+def parameters(dictionary, device):
     """Parameters of the paper's model with one head, and a gradient for each."""
     torch.manual_seed(1)
     decoder = SHARNNDecoder(OmegaConf.structured(SHARNNEnwik8Config()), dictionary)
-    params = [torch.nn.Parameter(p.detach().clone()) for p in decoder.parameters()]
+    params = [torch.nn.Parameter(p.detach().to(device, copy=True)) for p in decoder.parameters()]
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
     return params
@@ -37,21 +37,21 @@ class LoopOverTensors:
             p.copy_(w)
 
 
-def main():
-    args = arguments(__doc__).parse_args()
+def main(argv=None):
+    args = arguments(__doc__).parse_args(argv)
     torch.set_num_threads(args.threads)
     from fairseq.data import Dictionary
 
     dictionary = Dictionary()
     for i in range(205 - len(dictionary)):
         dictionary.add_symbol(str(i))
-    params = parameters(dictionary)
+    params = parameters(dictionary, args.device)
     count = sum(p.numel() for p in params)
-    print(f"{describe_machine()}; {count:,} parameters in {len(params)} tensors\n")
+    print(f"{describe_machine(args.device)}; {count:,} parameters in {len(params)} tensors\n")
     optimizers = {
         "Adam, foreach": torch.optim.Adam(params, foreach=True),
-        "min-trust LAMB": MinTrustLAMB(parameters(dictionary), min_trust=0.25),
-        "min-trust LAMB, a loop over tensors": LoopOverTensors(parameters(dictionary)),
+        "min-trust LAMB": MinTrustLAMB(parameters(dictionary, args.device), min_trust=0.25),
+        "min-trust LAMB, a loop over tensors": LoopOverTensors(parameters(dictionary, args.device)),
     }
     steps = {name: optimizer.step for name, optimizer in optimizers.items()}
     compare(steps, args.repeats, baseline="Adam, foreach")

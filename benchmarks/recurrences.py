@@ -10,7 +10,7 @@ python benchmarks/recurrences.py
 import time
 
 import torch
-from timing import arguments, compare, describe_machine
+from timing import arguments, compare, describe_machine, finish_work
 
 from fairseq_sha.ops import linear_recurrence, linear_recurrence_reference, sru, sru_reference
 
@@ -36,8 +36,10 @@ def indexed_sru(u, x, weight, bias, c):
 def report(ours, definition, indexed, tensors, repeats):
     cases = {"ours": step(ours, tensors), "definition": step(definition, tensors)}
     medians = compare(cases, repeats, baseline="ours")
+    finish_work()
     start = time.perf_counter()
     step(indexed, tensors)()
+    finish_work()
     taken = 1e3 * (time.perf_counter() - start)
     print(f"| loop that reads a[t] | {taken:.0f} | once | {taken / medians['ours']:.0f} |")
 
@@ -52,26 +54,28 @@ def step(form, inputs):
     return run
 
 
-def main():
+def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("--length", type=int, default=512, help="tokens of a segment")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     shape = args.length, args.streams, args.width
     per_unit, state = (2, args.width), shape[1:]
-    print(f"{describe_machine()}; {args.length} x {args.streams} x {args.width}, float32")
+    print(
+        f"{describe_machine(args.device)}; {args.length} x {args.streams} x {args.width}, float32"
+    )
 
     def inputs(*shapes):
-        return [torch.randn(size, requires_grad=True) for size in shapes]
+        return [torch.randn(size, device=args.device, requires_grad=True) for size in shapes]
 
     print("\nSRU\n")
     tensors = inputs((*shape[:2], 3, args.width), shape, per_unit, per_unit, state)
     report(sru, sru_reference, indexed_sru, tensors, args.repeats)
     print("\ngated linear recurrence\n")
-    tensors = [torch.rand(shape, requires_grad=True), *inputs(shape, state)]
+    tensors = [torch.rand(shape, device=args.device, requires_grad=True), *inputs(shape, state)]
     report(
         linear_recurrence,
         linear_recurrence_reference,

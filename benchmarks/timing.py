@@ -15,28 +15,44 @@ def arguments(description):
     )
     parser.add_argument("--repeats", type=int, default=9, help="times each case is run")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
 
 
-def compare(cases, repeats, baseline):
-    """Run each case ``repeats`` times in turn; print a Markdown table of milliseconds and ratios.
+def measure(cases, repeats):
+    """Run each case in turn, twice to warm up and then ``repeats`` times.
 
     Args:
-        cases (dict of str to callable): what to time; each has had two runs to warm up
-        baseline (str): the case that the ratios are to
+        cases (dict of str to callable): what to time
+
+    Returns:
+        dict of str to list of float: milliseconds of each run
+    """
+    times = {name: [] for name in cases}
+    for number in range(-2, repeats):
+        for name, run in cases.items():
+            finish_work()
+            start = time.perf_counter()
+            run()
+            finish_work()
+            if number >= 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def finish_work():
+    """Wait for what the GPU has been given to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def compare(cases, repeats, baseline):
+    """:func:`measure`, and print a Markdown table of milliseconds and of ratios to one case.
 
     Returns:
         dict of str to float: the medians in milliseconds
     """
-    times = {name: [] for name in cases}
-    for _ in range(2):
-        for run in cases.values():
-            run()
-    for _ in range(repeats):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+    times = measure(cases, repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
     print("| case | median ms | fastest to slowest | time / " + baseline + " |")
     print("| --- | --- | --- | --- |")
@@ -47,7 +63,9 @@ def compare(cases, repeats, baseline):
     return medians
 
 
-def describe_machine():
+def describe_machine(device="cpu"):
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     processor = models[0] if models else platform.processor()

@@ -83,13 +83,13 @@ def floor(decoder, length, streams, rows, backward):
     return run
 
 
-def main():
+def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--window", type=int, default=1000, help="tokens")
     parser.add_argument("--length", type=int, default=256, help="tokens of a segment")
     parser.add_argument("--streams", type=int, default=16)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
 

@@ -15,6 +15,7 @@ from fairseq_sha.checkpoints import (
     save_settings_as_plain_values,
 )
 from fairseq_sha.errors import UserError, show_user_errors_in_one_line
+from fairseq_sha.optim.clipping import clip_on_cpu
 
 __all__ = ["UserError"]
 
@@ -22,6 +23,7 @@ show_user_errors_in_one_line()
 explain_unreadable_checkpoints()
 keep_last_checkpoint_whole()
 save_settings_as_plain_values()
+clip_on_cpu()
 
 # Below 2.6 torch runs whatever code a checkpoint holds, unless told not to.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")

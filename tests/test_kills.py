@@ -101,7 +101,7 @@ def test_run_without_carried_state_says_so(data, tmp_path):
     never = f"{options} 12 --save-carried-state never"
     first = command("fairseq-train", data, never)
     assert "leaves out the carried state" in first.stdout, first.stdout
-    second = command("fairseq-train", data, never.replace("12", "15"))
+    second = command("fairseq-train", data, f"{options} 15 --save-carried-state never")
     assert "holds no carried state; going on from nothing" in second.stdout
     assert len(logged_losses(second.stdout)) == 3
 

@@ -82,18 +82,17 @@ class AdaptiveAttention(nn.Module):
         # z of the paper, as a part of attn_span.
         self.span = nn.Parameter(torch.full((cfg.n_head,), float(cfg.adapt_span_init)))
 
-    def forward(self, h, cache, key_positions, longest):
+    def forward(self, h, cache, key_positions, trimmed):
         """
         Args:
             h (Tensor): ``[T, B, H]``
             cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``
             key_positions (Tensor): embeddings of the L positions before a query, ``[d, L]``
-            longest (float): the longest of the heads' spans, as a part of L
+            trimmed (int): how many of the oldest keys no head reaches, see :meth:`trim`
 
         Returns:
             Tensor ``[T, B, H]``
         """
-        trimmed = self.trim(longest)
         # Apart, so that no gradient is computed for the cache. The last token is nobody's key.
         k, v = (
             torch.cat([project(cache[trimmed:]), project(h[:-1])])
@@ -112,7 +111,8 @@ class AdaptiveAttention(nn.Module):
         return self.output(mix.transpose(0, 1).reshape(h.shape))
 
     def trim(self, longest):
-        """How many of the oldest keys no head reaches."""
+        """How many of the oldest keys no head reaches, given the longest of the heads' spans, as a
+        part of attn_span."""
         reached = math.ceil(longest * self.attn_span) + self.ramp
         unreached = self.attn_span - min(self.attn_span, reached)
         multiples = min(self.attn_span - 1, unreached) // TRIM_TO_MULTIPLES_OF
@@ -139,13 +139,13 @@ class AdaptiveSpanLayer(nn.Module):
         self.feed_forward = FeedForward(cfg.width, cfg.d_inner, cfg.dropout)
         self.norm_feed_forward = nn.LayerNorm(cfg.width)
 
-    def forward(self, h, state, key_positions, longest):
+    def forward(self, h, state, key_positions, trimmed):
         """``h [T, B, H]`` and state to the same; the state holds ``cache``, the last inputs of
         this layer, ``[attn_span, B, H]``."""
         # Before the first token there are zeros, which are attended to like any other.
         cache = state["cache"] if state else h.new_zeros(self.attn_span, *h.shape[1:])
         left = last_rows(cache, h, self.attn_span)
-        h = self.norm_attention(h + self.attention(h, cache, key_positions, longest[self.number]))
+        h = self.norm_attention(h + self.attention(h, cache, key_positions, trimmed[self.number]))
         return self.norm_feed_forward(h + self.feed_forward(h)), {"cache": left}
 
 
@@ -159,22 +159,22 @@ class AdaptiveSpanDecoder(SegmentDecoder):
         self.span_loss = cfg.adapt_span_loss
         self.has_auxiliary_losses = cfg.adapt_span_loss > 0
         self.attn_span = cfg.attn_span
-        self.longest_when_exported = None
+        self.trimmed_when_exported = None
         self.key_positions = nn.Parameter(torch.randn(cfg.width // cfg.n_head, cfg.attn_span))
 
     def shared_by_layers(self, h, state):
-        longest = self.longest_when_exported or self.longest()
-        return self.key_positions, longest
+        return self.key_positions, self.trimmed_when_exported or self.trimmed()
 
-    def longest(self):
-        """The longest span of each layer, as a part of attn_span: a list of floats."""
+    def trimmed(self):
+        """How many of the oldest keys no head of each layer reaches: a list of int."""
         # All layers' at once: each reading makes the CPU wait for the GPU.
-        return self.spans().detach().amax(1).tolist()
+        longest = self.spans().detach().amax(1).tolist()
+        return [layer.attention.trim(span) for layer, span in zip(self.layers, longest)]
 
     def prepare_for_onnx_export_(self):
         """fairseq's hook: what is exported must not look at the values of tensors."""
         super().prepare_for_onnx_export_()
-        self.longest_when_exported = self.longest()
+        self.trimmed_when_exported = self.trimmed()
 
     def spans(self):
         """The span of each layer's heads, as parts of attn_span: ``[layers, heads]``."""

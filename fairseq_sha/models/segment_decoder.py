@@ -5,9 +5,12 @@ The state is a list with one dict of tensors per layer, streams on dimension 1; 
 the list is a start, from nothing.
 """
 
+import functools
+
 import torch
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.carried_state import CarriedState
@@ -58,6 +61,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         self.dropout_input = dropout_input
         self.dropout_output = dropout_output
         self.carried = CarriedState()
+        #: Whether to compute each layer anew for its gradient instead of keeping what lies inside.
+        self.checkpoint_activations = False
 
     def forward(
         self,
@@ -132,11 +137,19 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         shared = self.shared_by_layers(h, state)
         left = []
         for layer, before in zip(self.layers, state):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                layer = functools.partial(checkpoint, layer, use_reentrant=False)
             h, after = layer(h, before, *shared)
             left.append(after)
         if self.final_norm is not None:
             h = self.final_norm(h)
         return dropout(h, self.dropout_output, self.training), left
+
+    def compile_layers(self):
+        """Have torch compile each layer at its first segment; what it cannot compile, such as the
+        kernels of recurrences, runs as it did."""
+        for layer in self.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def shared_by_layers(self, h, state):
         """What all layers are given after ``h`` and their state: a tuple."""

@@ -3,8 +3,12 @@ and values, the segment's own rows last. All heads of all streams lie side by si
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fairseq_sha.ops.dropout import dropout
+
+MAX_SCORES = 2**27  # held at once, over all heads of all streams
+WIDEST_FUSED = 256  # width of a head
 
 
 def attend(queries, keys, values, bias, p=0.0):
@@ -20,10 +24,27 @@ def attend(queries, keys, values, bias, p=0.0):
     Returns:
         Tensor ``[T, N, d]``
     """
-    if torch.is_grad_enabled() and queries.device.type == "cpu":
-        # Faster than torch's fused form, whose dropout draws on one thread.
+    if not prefers_products(queries):
+        return attend_fused(queries, keys, values, bias, p)
+    rows = max(1, MAX_SCORES // (queries.size(1) * keys.size(0)))
+    if len(queries) <= rows:
         return attend_reference(queries, keys, values, bias, p)
-    return attend_fused(queries, keys, values, bias, p)
+    # Scores are computed anew for their gradient, some queries at a time: they would fill the
+    # memory.
+    pieces = [
+        checkpoint(attend_reference, q, keys, values, b, p, use_reentrant=False)
+        for q, b in zip(queries.split(rows), bias.split(rows, -2))
+    ]
+    return torch.cat(pieces)
+
+
+def prefers_products(queries):
+    """Whether :func:`attend_reference` is faster than torch's fused form: in training on CPU, since
+    the fused one's dropout draws on one thread; and on a GPU where heads are wide, since its
+    kernels are made for narrow ones."""
+    if queries.device.type == "cpu":
+        return torch.is_grad_enabled()
+    return queries.size(-1) > WIDEST_FUSED
 
 
 def attend_fused(queries, keys, values, bias, p=0.0):
@@ -43,7 +64,9 @@ def attend_reference(queries, keys, values, bias, p=0.0):
     """:func:`attend`, written out."""
     queries, keys, values = (x.transpose(0, 1) for x in (queries, keys, values))
     scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=queries.size(-1) ** -0.5)
-    return torch.bmm(dropout(scores.softmax(-1), p), values).transpose(0, 1)
+    # Named, or mixed precision would take float32, which the product with the values undoes.
+    weights = scores.softmax(-1, dtype=scores.dtype)
+    return torch.bmm(dropout(weights, p), values).transpose(0, 1)
 
 
 def causal(queries, keys, same_length=None):

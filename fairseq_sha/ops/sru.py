@@ -30,8 +30,12 @@ def sru(u, x, weight, bias, c0, mask=None):
     """
     wide = torch.promote_types(u.dtype, torch.float32)
     mask = torch.ones_like(c0) if mask is None else mask
-    inputs = (tensor.to(wide) for tensor in (u, x, weight, bias, c0, mask))
-    o, last = _SRU.apply(*inputs)
+    others = [tensor.to(wide) for tensor in (weight, bias, c0, mask)]
+    if u.device.type == "cuda":
+        from fairseq_sha.ops.triton_kernels import SRU
+
+        return SRU.apply(u, x, *others)
+    o, last = _SRU.apply(u.to(wide), x.to(wide), *others)
     return o.to(x.dtype), last
 
 
@@ -51,8 +55,8 @@ def sru_reference(u, x, weight, bias, c0, mask=None):
 
 
 class _SRU(torch.autograd.Function):
-    """The gates of a step need the state before it, so the forward pass is sequential. Its gradient
-    with respect to the states is a linear recurrence, all factors of which are known then."""
+    """On CPU. The gates of a step need the state before it, so the forward pass is sequential. Its
+    gradient with respect to the states is a linear recurrence, all factors of which are known."""
 
     @staticmethod
     def forward(ctx, u, x, weight, bias, c0, mask):
@@ -66,8 +70,8 @@ class _SRU(torch.autograd.Function):
         u, x, weight, c0, mask, gates, states = ctx.saved_tensors
         of_u, of_x = torch.empty_like(u), torch.empty_like(x)
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-        # On CPU a few steps at a time: what lies between is then still in the cache.
-        steps = len(u) if u.is_cuda else max(1, ELEMENTS_IN_CACHE // c0.numel())
+        # A few steps at a time: what lies between is then still in the cache.
+        steps = max(1, ELEMENTS_IN_CACHE // c0.numel())
         for start in reversed(range(0, len(u), steps)):
             now = slice(start, start + steps)
             before = torch.cat([states[start - 1 : start] if start else c0[None], states[now][:-1]])
@@ -92,17 +96,8 @@ class _SRU(torch.autograd.Function):
 
 
 def recur(u, weight, bias, c0):
-    """The sequential part, without gradient: gates f, r ``[T, B, 2, D]`` and states
-    ``[T, B, D]``. One Triton kernel on a GPU, three operations a step on CPU."""
-    if u.device.type == "cuda":
-        from fairseq_sha.ops.triton_kernels import recur as triton_recur
-
-        return triton_recur(u, weight, bias, c0)
-    return recur_step_by_step(u, weight, bias, c0)
-
-
-def recur_step_by_step(u, weight, bias, c0):
-    """:func:`recur` on CPU."""
+    """The sequential part, without gradient: gates f, r ``[T, B, 2, D]`` and states ``[T, B, D]``,
+    three operations a step."""
     gates = u[:, :, 1:] + bias
     states = torch.empty_like(u[:, :, 0], memory_format=torch.contiguous_format)
     c = c0

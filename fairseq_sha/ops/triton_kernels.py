@@ -1,7 +1,4 @@
-"""Recurrences as Triton kernels: a program for each block of columns, sequential in time.
-
-Correctness is tested with Triton's interpreter; nothing here has run on a GPU.
-"""
+"""Recurrences as Triton kernels: a program for each block of columns, sequential in time."""
 
 import torch
 import triton
@@ -36,7 +33,9 @@ def scan(a, b, h0, reverse=False, out=None):
 
 
 @triton.jit
-def _recur(u, weight, bias, c0, gates, states, steps, columns, width, BLOCK: tl.constexpr):
+def _sru_forward(
+    u, x, weight, bias, c0, mask, o, states, steps, columns, width, BLOCK: tl.constexpr
+):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     stream, unit = column // width, column % width
@@ -44,28 +43,115 @@ def _recur(u, weight, bias, c0, gates, states, steps, columns, width, BLOCK: tl.
     v_r = tl.load(weight + width + unit, mask=inside)
     b_f = tl.load(bias + unit, mask=inside)
     b_r = tl.load(bias + width + unit, mask=inside)
+    kept = tl.load(mask + column, mask=inside)
     c = tl.load(c0 + column, mask=inside)
+    tl.store(states + column, c, mask=inside)
+    wide = states.dtype.element_ty
     for t in range(steps):
         at = t * columns.to(tl.int64)
         u_at = u + 3 * (at + stream * width) + unit
-        u0 = tl.load(u_at, mask=inside)
-        f = 1 / (1 + tl.exp(-(tl.load(u_at + width, mask=inside) + v_f * c + b_f)))
-        r = 1 / (1 + tl.exp(-(tl.load(u_at + 2 * width, mask=inside) + v_r * c + b_r)))
+        u0 = tl.load(u_at, mask=inside).to(wide)
+        u1 = tl.load(u_at + width, mask=inside).to(wide)
+        u2 = tl.load(u_at + 2 * width, mask=inside).to(wide)
+        x_t = tl.load(x + at + column, mask=inside).to(wide)
+        f = 1 / (1 + tl.exp(-(u1 + v_f * c + b_f)))
+        r = 1 / (1 + tl.exp(-(u2 + v_r * c + b_r)))
         c = u0 + (c - u0) * f
-        gates_at = gates + 2 * (at + stream * width) + unit
-        tl.store(gates_at, f, mask=inside)
-        tl.store(gates_at + width, r, mask=inside)
-        tl.store(states + at + column, c, mask=inside)
+        tl.store(states + at + columns + column, c, mask=inside)
+        tl.store(o + at + column, x_t + (c - x_t) * kept * r, mask=inside)
 
 
-def recur(u, weight, bias, c0):
-    """:func:`fairseq_sha.ops.sru.recur` in one kernel."""
-    u, weight, bias, c0 = (tensor.contiguous() for tensor in (u, weight, bias, c0))
-    steps, streams, _, width = u.shape
-    gates = u.new_empty(steps, streams, 2, width)
-    states = u.new_empty(steps, streams, width)
-    columns = streams * width
-    grid = (triton.cdiv(columns, BLOCK),)
+def sru_forward(u, x, weight, bias, c0, mask):
+    """Outputs, of the type of ``x``, of :func:`fairseq_sha.ops.sru`, and its states, ``c0`` and
+    those that follow: ``[T + 1, B, D]``."""
+    o, states = torch.empty_like(x), c0.new_empty(len(x) + 1, *c0.shape)
+    sizes = len(u), c0.numel(), c0.size(-1)
+    grid = (triton.cdiv(c0.numel(), BLOCK),)
     with torch.cuda.device_of(u):
-        _recur[grid](u, weight, bias, c0, gates, states, steps, columns, width, BLOCK=BLOCK)
-    return gates, states
+        _sru_forward[grid](u, x, weight, bias, c0, mask, o, states, *sizes, BLOCK=BLOCK)
+    return o, states
+
+
+@triton.jit
+def _sru_backward(
+    u, x, weight, bias, mask, states, of_o, of_last,
+    of_u, of_x, of_c0, of_parameters, steps, columns, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    stream, unit = column // width, column % width
+    v_f = tl.load(weight + unit, mask=inside)
+    v_r = tl.load(weight + width + unit, mask=inside)
+    b_f = tl.load(bias + unit, mask=inside)
+    b_r = tl.load(bias + width + unit, mask=inside)
+    kept = tl.load(mask + column, mask=inside)
+    of_c = tl.load(of_last + column, mask=inside)  # what the steps that follow ask of the state
+    wide = states.dtype.element_ty
+    c = tl.load(states + steps * columns.to(tl.int64) + column, mask=inside)
+    of_v_f = tl.zeros_like(c)
+    of_v_r = tl.zeros_like(c)
+    of_b_f = tl.zeros_like(c)
+    of_b_r = tl.zeros_like(c)
+    for step in range(steps):
+        t = steps - 1 - step
+        at = t * columns.to(tl.int64)
+        before = tl.load(states + at + column, mask=inside)
+        from_u = 3 * (at + stream * width) + unit
+        u0 = tl.load(u + from_u, mask=inside).to(wide)
+        u1 = tl.load(u + from_u + width, mask=inside).to(wide)
+        u2 = tl.load(u + from_u + 2 * width, mask=inside).to(wide)
+        x_t = tl.load(x + at + column, mask=inside).to(wide)
+        of_o_t = tl.load(of_o + at + column, mask=inside).to(wide)
+        f = 1 / (1 + tl.exp(-(u1 + v_f * before + b_f)))
+        r = 1 / (1 + tl.exp(-(u2 + v_r * before + b_r)))
+        through_c = of_o_t * kept * r
+        of_c += through_c
+        of_f = of_c * (before - u0) * f * (1 - f)
+        of_r = of_o_t * kept * (c - x_t) * r * (1 - r)
+        tl.store(of_x + at + column, of_o_t - through_c, mask=inside)
+        tl.store(of_u + from_u, of_c * (1 - f), mask=inside)
+        tl.store(of_u + from_u + width, of_f, mask=inside)
+        tl.store(of_u + from_u + 2 * width, of_r, mask=inside)
+        of_v_f += of_f * before
+        of_v_r += of_r * before
+        of_b_f += of_f
+        of_b_r += of_r
+        of_c = of_c * f + of_f * v_f + of_r * v_r
+        c = before
+    tl.store(of_c0 + column, of_c, mask=inside)
+    tl.store(of_parameters + column, of_v_f, mask=inside)
+    tl.store(of_parameters + columns + column, of_v_r, mask=inside)
+    tl.store(of_parameters + 2 * columns + column, of_b_f, mask=inside)
+    tl.store(of_parameters + 3 * columns + column, of_b_r, mask=inside)
+
+
+def sru_backward(u, x, weight, bias, mask, states, of_o, of_last):
+    """Gradients of u, x, weight, bias and c0 from those of the outputs and the last state."""
+    of_o, of_last = of_o.contiguous(), of_last.contiguous()
+    of_u, of_x, of_c0 = torch.empty_like(u), torch.empty_like(x), torch.empty_like(of_last)
+    of_parameters = of_c0.new_empty(4, *of_c0.shape)  # of each stream
+    sizes = len(u), of_c0.numel(), of_c0.size(-1)
+    grid = (triton.cdiv(of_c0.numel(), BLOCK),)
+    with torch.cuda.device_of(u):
+        _sru_backward[grid](
+            u, x, weight, bias, mask, states, of_o, of_last,
+            of_u, of_x, of_c0, of_parameters, *sizes, BLOCK=BLOCK,
+        )  # fmt: skip
+    of_weight, of_bias = of_parameters.sum(1).split(2)
+    return of_u, of_x, of_weight, of_bias, of_c0
+
+
+class SRU(torch.autograd.Function):
+    """:func:`fairseq_sha.ops.sru`, in one kernel forward and one backward. ``u`` and ``x`` may be
+    in half precision; the rest is in the state's. The gates are computed anew for the gradient."""
+
+    @staticmethod
+    def forward(ctx, u, x, weight, bias, c0, mask):
+        u, x, weight, bias, c0, mask = map(torch.Tensor.contiguous, (u, x, weight, bias, c0, mask))
+        o, states = sru_forward(u, x, weight, bias, c0, mask)
+        ctx.save_for_backward(u, x, weight, bias, mask, states)
+        return o, states[-1].clone()
+
+    @staticmethod
+    def backward(ctx, of_o, of_last):
+        return (*sru_backward(*ctx.saved_tensors, of_o, of_last), None)

@@ -56,6 +56,17 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
             "repeats the uninterrupted one; auto: if it takes 1 GB at most"
         },
     )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "keep of each layer only its input and compute the rest anew for its gradient: "
+            "less memory, a third more work"
+        },
+    )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "have torch compile the layers (takes a minute at the start)"},
+    )
     seed: int = II("common.seed")
     tpu: bool = II("common.tpu")
     train_subset: str = II("dataset.train_subset")
@@ -131,6 +142,9 @@ class SegmentLanguageModelingTask(FairseqTask):
                 weights = checkpoint_utils.load_checkpoint_to_cpu(self.cfg.finetune_from_model)
                 self.load_state_dict(weights.get("task_state", {}))
         self.model = super().build_model(cfg, from_checkpoint)
+        self.model.decoder.checkpoint_activations = self.cfg.checkpoint_activations
+        if self.cfg.compile:
+            self.model.decoder.compile_layers()
         return self.model
 
     def build_criterion(self, cfg, from_checkpoint=False):

@@ -67,8 +67,8 @@ def test_equals_published_code(name):
 
 def test_a_golden_case_is_trimmed():
     model = golden_decoder(CASES["trimmed"])
-    _, longest = model.shared_by_layers(None, None)
-    assert [layer.attention.trim(span) for layer, span in zip(model.layers, longest)] == [64, 64]
+    _, trimmed = model.shared_by_layers(None, None)
+    assert trimmed == [64, 64]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_attention_equals_the_equations(span):
     attention = model.layers[0].attention
     with torch.no_grad():
         attention.span.mul_(0.4)  # so that something is trimmed of 150
-    positions, (longest, _) = model.shared_by_layers(None, None)
-    assert attention.trim(longest) == (64 if span == 150 else 0)
+    positions, (trimmed, _) = model.shared_by_layers(None, None)
+    assert trimmed == (64 if span == 150 else 0)
     h, cache = torch.randn(7, 3, 16, requires_grad=True), torch.randn(span, 3, 16)
-    actual = attention(h, cache, positions, longest)
+    actual = attention(h, cache, positions, trimmed)
     expected = torch.stack(
         [by_hand(attention, h[:, b], cache[:, b], model.key_positions) for b in range(3)], 1
     )
@@ -184,7 +184,7 @@ def test_position_does_not_attend_to_itself_nor_beyond_its_span():
     gradient = torch.autograd.grad(value.sum(), rows)  # the graph reaches the rows at all
     assert gradient[0].any()
     query = 9
-    mixed = attention(rows[8:], rows[:8], model.key_positions, 1.0)[query].sum()
+    mixed = attention(rows[8:], rows[:8], model.key_positions, 0)[query].sum()
     (gradient,) = torch.autograd.grad(mixed, rows)
     reached = gradient[:, 0].abs().sum(-1) > 0
     # Itself counts through its query alone.

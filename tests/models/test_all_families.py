@@ -1,5 +1,6 @@
 """What holds for the decoder of each model family."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -55,3 +56,50 @@ def test_evaluation_in_bfloat16_is_for_the_model_to_prepare(model, bf16):
     model.prepare_for_inference_(cfg)
     (dtype,) = {parameter.dtype for parameter in model.parameters()}
     assert dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def losses_and_gradients(decoder, segments):
+    out = []
+    for i, tokens in enumerate(segments):
+        torch.manual_seed(7)
+        logits, extra = decoder(tokens, segment=f"train:1:{i}")
+        out.append(logits.square().mean())
+        decoder.zero_grad()
+        out[-1].backward()
+        out += [parameter.grad.clone() for parameter in decoder.parameters()]
+    return out
+
+
+def test_layers_computed_anew_for_their_gradients_change_nothing(model):
+    decoder = model.train().decoder
+    segments = [torch.randint(24, (3, length)) for length in (6, 9, 4)]
+    expected = losses_and_gradients(decoder, segments)
+    held = []
+    decoder.checkpoint_activations = True
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.shape) or x, lambda x: x):
+        decoder.extract_features(segments[0])
+    # Of two layers' insides there would be hundreds.
+    assert len(held) < 36
+    assert all(map(torch.equal, losses_and_gradients(decoder, segments), expected))
+
+
+COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
+
+
+@pytest.mark.skipif(not COMPILES, reason="compiling these layers needs torch 2.4 or newer")
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(name, marks=() if name == "min_gru" else pytest.mark.long) for name in MODELS],
+    indirect=True,
+)
+def test_compiled_layers_compute_the_same(model, monkeypatch):
+    """Traced for any length; kernels are not generated, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    decoder = model.train().decoder
+    segments = [torch.randint(24, (3, length)) for length in (6, 9, 4)]
+    names = set(decoder.state_dict())
+    expected = losses_and_gradients(decoder, segments)
+    decoder.compile_layers()
+    actual = losses_and_gradients(decoder, segments)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    assert set(decoder.state_dict()) == names

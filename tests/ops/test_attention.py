@@ -1,8 +1,12 @@
+import sys
+
 import pytest
 import torch
 
 from fairseq_sha.ops import attend, attend_reference, band, causal, causal_relative
 from fairseq_sha.ops.attention import attend_fused
+
+ATTENTION = sys.modules[attend.__module__]
 
 
 def by_hand(queries, keys, values, bias=None):
@@ -108,3 +112,44 @@ def test_band_moves_each_row_by_one_more(length):
     for t in range(length):
         expected[:, t, t : t + 6] = scores[:, t]
     check_value_and_gradient(band(scores, 0.5), expected, [scores])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_many_scores_are_computed_in_pieces(monkeypatch, shared, rows):
+    inputs = tensors(memory=4)
+    bias = causal(*inputs[:2])
+    if not shared:
+        bias = bias + torch.randn(3, 5, 9, dtype=torch.double)
+        inputs.append(bias.requires_grad_())
+    expected = attend_reference(*inputs[:3], bias)
+    monkeypatch.setattr(ATTENTION, "MAX_SCORES", rows * 3 * 9)
+    check_value_and_gradient(attend(*inputs[:3], bias), expected, inputs)
+
+
+def test_pieces_have_the_same_dropout_in_both_passes(monkeypatch):
+    queries, keys, values = tensors(memory=4)
+    monkeypatch.setattr(ATTENTION, "MAX_SCORES", 2 * 3 * 9)
+    mixed = attend(queries, keys, values, causal(queries, keys), p=0.5)
+    weight = torch.randn_like(mixed)
+    (actual,) = torch.autograd.grad((mixed * weight).sum(), values)
+    # The mix is linear in the values, so that its gradient says what was computed.
+    torch.testing.assert_close((actual * values).sum(), (mixed * weight).sum())
+
+
+def test_training_with_a_long_window_holds_no_scores():
+    """One head of eight streams, 256 queries, 70,000 keys: the scores would be 573 MB."""
+    queries = torch.randn(256, 8, 2, requires_grad=True)
+    keys, values = torch.randn(2, 70000, 8, 2).unbind()
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mixed = attend(queries, keys, values, causal(queries, keys), p=0.1)
+    assert sum(held.values()) < 8 * 256 * 70000 * 4 / 4  # most of it the bias
+    mixed.sum().backward()
+    assert queries.grad.isfinite().all()

@@ -118,8 +118,8 @@ KERNELS = """
 import sys
 import torch
 from fairseq_sha.ops.linear_recurrence import scan_step_by_step
-from fairseq_sha.ops.sru import recur_step_by_step
-from fairseq_sha.ops.triton_kernels import recur, scan
+from fairseq_sha.ops import sru_reference
+from fairseq_sha.ops.triton_kernels import SRU, scan
 
 torch.manual_seed(1)
 for dtype in (torch.float, torch.double):
@@ -135,11 +135,18 @@ for dtype in (torch.float, torch.double):
                 assert scan(*inputs, out=out[:-1]).data_ptr() == out.data_ptr()
                 torch.testing.assert_close(out, torch.cat([expected, torch.full_like(a[:1], 7)]))
         torch.testing.assert_close(scan(a, b, h0), scan_step_by_step(a, b, h0))
-        u = torch.randn(steps, streams, 3, width, dtype=dtype)
-        weight, bias = torch.randn(2, 2, width, dtype=dtype).unbind()
-        torch.testing.assert_close(
-            recur(u, weight, bias, h0), recur_step_by_step(u, weight, bias, h0)
+        shapes = (steps, streams, 3, width), (steps, streams, width), (2, width), (2, width)
+        inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        inputs.append(h0.requires_grad_())
+        mask = 1.5 * torch.randint(2, h0.shape).to(dtype)
+        found, expected = SRU.apply(*inputs, mask), sru_reference(*inputs, mask)
+        torch.testing.assert_close(found, expected)
+        weights = [torch.randn_like(tensor) for tensor in expected]
+        found, expected = (
+            torch.autograd.grad(sum((x * y).sum() for x, y in zip(out, weights)), inputs)
+            for out in (found, expected)
         )
+        torch.testing.assert_close(found, expected)
 print("kernels agree")
 """
 

@@ -1,0 +1,189 @@
+"""A training step and an evaluation pass of every model: time, memory, and where they go.
+
+The floor is the time of the recurrent kernels and matrix products alone (those of attention too),
+run by themselves, in turn with the whole. Models are those of examples/: at the size of the demo,
+of the comparison (some 256 wide), and of the papers. Each is measured in a process of its own, for
+its peak memory, that of imports included. Weights are random, memories full; a training step is
+forward and backward, an evaluation pass a forward one, of one segment.
+
+    python benchmarks/steps.py
+    python benchmarks/steps.py --sizes paper --models sha_rnn_enwik8 --device cuda --precision amp
+"""
+
+import gc
+import json
+import multiprocessing
+import resource
+import statistics
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from kernels import FLOOR, KINDS, Recording
+from models import build, random_tokens, settings, steady_state
+from timing import arguments, describe_machine, measure
+
+COMPARED = [
+    *(f"head_to_head/{name}" for name in ("sha_lstm", "sha_rnn", "sha_rnn_full")),
+    *(f"head_to_head/{name}" for name in ("adaptive_span", "transformer_xl")),
+    *(f"recurrences/{name}" for name in ("srupp", "min_gru", "min_lstm", "sha_layer_norm_lstm")),
+    *(f"recurrences/{name}" for name in ("sha_sru", "sha_min_gru", "sha_min_lstm")),
+]
+PAPERS = [
+    *(f"enwik8/{name}" for name in ("sha_lstm_enwik8", "sha_rnn_enwik8", "sha_rnn_enwik8_full")),
+    *(f"enwik8/{name}" for name in ("adaptive_span_enwik8", "transformer_xl_enwik8_12l")),
+    "enwik8/srupp_enwik8_base",
+]
+SIZES = {  # configs, tokens and streams of a segment, and what differs from the config's model
+    "demo": (COMPARED, 64, 16, {"width": 192}),
+    "256": (COMPARED, 128, 16, {}),
+    "paper, short segments": (PAPERS, 64, 4, {}),
+    "paper": (PAPERS, None, None, {}),  # the config's
+}
+
+
+def measure_step(case, args):
+    """One row of the table: a dict."""
+    size, name = case
+    _, length, streams, changes = SIZES[size]
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    config = settings(name)
+    length = args.length or length or config["task"]["tokens_per_sample"]
+    streams = args.streams or streams or config["dataset"]["batch_size"]
+    model = build({**config["model"], **changes}).to(args.device)
+    decoder, cast = model.decoder, nullcontext()
+    on_gpu = torch.device(args.device).type == "cuda"
+    if args.precision == "bfloat16":
+        model.bfloat16()
+    elif args.precision == "amp":
+        cast = torch.autocast(torch.device(args.device).type)
+    if args.compile:
+        decoder.compile_layers()
+    tokens, targets = (random_tokens(length, streams, args.device) for _ in range(2))
+    row = {
+        "size": size,
+        "model": name.partition("/")[2],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": length * streams,
+    }
+
+    def train():
+        with cast:
+            features, _ = decoder.read(tokens, state)
+            logits = decoder.output_layer(features)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        for parameter in decoder.parameters():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def evaluate():
+        with cast:
+            decoder.output_layer(decoder.read(tokens, state)[0])
+
+    cases = {"evaluation": evaluate, "training": train}
+    states = {}
+    for kind, run in cases.items():  # memory first: what is recorded is kept
+        decoder.train(kind == "training")
+        with cast:
+            state = steady_state(decoder, tokens, rows_of_memory(decoder, length))
+        states[kind] = state
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        run()
+        if on_gpu:
+            row[kind, "MB"] = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            row[kind, "MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    for kind, run in cases.items():
+        decoder.train(kind == "training")
+        state = states[kind]
+        times = measure({"whole": run, **replays(run, args)}, args.repeats)
+        medians = {part: statistics.median(values) for part, values in times.items()}
+        row[kind, "ms"] = medians.pop("whole")
+        row[kind, "spread"] = (max(times["whole"]) - min(times["whole"])) / row[kind, "ms"]
+        if medians:
+            row[kind, "floor"] = sum(medians[part] for part in FLOOR)
+            row[kind, "shares"] = {part: medians[part] / row[kind, "ms"] for part in KINDS}
+    return {" ".join(key) if isinstance(key, tuple) else key: value for key, value in row.items()}
+
+
+def replays(run, args):
+    """Functions by kind that run the kernels of ``run`` alone; none where they are compiled, or
+    their arguments are more than the memory can hold."""
+    if args.compile:
+        return {}
+    recording = Recording()
+    try:
+        with recording:
+            run()
+    except torch.cuda.OutOfMemoryError:
+        del recording
+        gc.collect()
+        torch.cuda.empty_cache()
+        return {}
+    return {kind: recording.replay(kind) for kind in KINDS}
+
+
+def rows_of_memory(decoder, length):
+    """How many rows a layer remembers before a segment, once there are so many."""
+    layer = next((layer for layer in decoder.layers if hasattr(layer, "window")), None)
+    if layer is not None:
+        return max(layer.window - length, 0)
+    layer = decoder.layers[-1]
+    if hasattr(layer, "eval_unroll"):
+        return length if decoder.training else layer.eval_unroll
+    return getattr(layer, "mem_len", 0)
+
+
+def main(argv=None):
+    parser = arguments(__doc__)
+    parser.set_defaults(repeats=5)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:3])
+    parser.add_argument("--models", nargs="+", help="names of configs (default: all)")
+    parser.add_argument("--length", type=int, help="tokens of a segment")
+    parser.add_argument("--streams", type=int)
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "amp"])
+    parser.add_argument("--compile", action="store_true", help="as with the task's --compile")
+    parser.add_argument("--json", help="write all figures to this file, too")
+    args = parser.parse_args(argv)
+    pool = multiprocessing.get_context("spawn")
+    rows = []
+    for size in args.sizes:
+        print(f"\n{describe_machine(args.device)}; {args.precision}; size: {size}\n")
+        print(
+            "| model | parameters | training, ms | spread | tokens/s | MB | to the floor "
+            "| evaluation, ms | spread | tokens/s | MB | to the floor | "
+            + " | ".join(f"training: {kind}" for kind in (*KINDS, "the rest"))
+            + " |\n"
+            + "| --- " * (13 + len(KINDS))
+            + "|"
+        )
+        for name in SIZES[size][0]:
+            if args.models and name.partition("/")[2] not in args.models:
+                continue
+            with pool.Pool(1) as process:
+                row = process.apply(measure_step, ((size, name), args))
+            rows.append(row)
+            print(line(row), flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def line(row):
+    cells = [row["model"], f"{row['parameters'] / 1e6:.1f}M"]
+    for kind in ("training", "evaluation"):
+        taken, floor = row[f"{kind} ms"], row.get(f"{kind} floor")
+        cells += [f"{taken:.1f}", f"{row[f'{kind} spread']:.0%}"]
+        cells += [f"{1e3 * row['tokens'] / taken:,.0f}", f"{row[f'{kind} MB']:,.0f}"]
+        cells += [f"{taken / floor:.2f}" if floor else "-"]
+    shares = row.get("training shares")
+    if shares:
+        cells += [f"{share:.0%}" for share in (*shares.values(), 1 - sum(shares.values()))]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
