@@ -7,13 +7,13 @@ same weights, state and tokens. The floor is the time of the LSTM and the matrix
     python benchmarks/train_step.py
 """
 
+from copy import deepcopy
+
 import torch
 import torch.nn.functional as F
-from fairseq.data import Dictionary
-from omegaconf import OmegaConf
+from kernels import FLOOR, Recording
+from models import build, random_tokens, steady_state
 from timing import arguments, compare, describe_machine
-
-from fairseq_sha.models.sha_rnn import SHARNNConfig, SHARNNDecoder
 
 P = 0.1
 
@@ -55,103 +55,73 @@ def transcription(decoder, tokens, state, training):
     return F.linear(drop(h), decoder.embedding.weight, decoder.output_bias), left
 
 
-def detached(state):
-    return [{key: tensor.detach() for key, tensor in layer.items()} for layer in state]
-
-
-def floor(decoder, length, streams, rows, backward):
-    """A function that runs the LSTMs and matrix products of a segment, and nothing else."""
-    width = decoder.embedding.weight.size(1)
-
-    def leaf(*shape):
-        return torch.randn(*shape, requires_grad=backward)
-
-    x, queries = leaf(length, streams, width), leaf(streams, length, width)
-    memory, weights = leaf(streams, rows, width), leaf(streams, length, rows)
-
-    def run():
-        outputs = []
-        for layer in decoder.layers:
-            outputs += [layer.cell(x, {})[0], layer.boom.linear(x)]
-            if layer.attention is not None:
-                outputs += [layer.attention.query(x), queries @ memory.transpose(1, 2)]
-                outputs += [weights @ memory]
-        outputs.append(F.linear(x, decoder.embedding.weight))
-        if backward:
-            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-
-    return run
-
-
 def main(argv=None):
     parser = arguments(__doc__)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--window", type=int, default=1000, help="tokens")
+    parser.add_argument("--width", type=int, nargs="+", default=[256, 256, 1024])
+    parser.add_argument("--window", type=int, nargs="+", default=[1000, 5000, 1000], help="tokens")
     parser.add_argument("--length", type=int, default=256, help="tokens of a segment")
     parser.add_argument("--streams", type=int, default=16)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    torch.manual_seed(1)
+    for width, window in zip(args.width, args.window):
+        torch.manual_seed(1)
+        print(
+            f"\n{describe_machine()}; width {width}, window {window}, {args.streams} streams, "
+            f"segments of {args.length}"
+        )
+        compare_steps(width, window, args)
 
-    dictionary = Dictionary()
-    for i in range(204):
-        dictionary.add_symbol(str(i))
-    cfg = SHARNNConfig(width=args.width, window=args.window)
-    decoder = SHARNNDecoder(OmegaConf.structured(cfg), dictionary)
-    tokens = torch.randint(len(dictionary), (args.length, args.streams))
-    targets = torch.randint(len(dictionary), (args.length * args.streams,))
-    state = None
-    with torch.no_grad():
-        while state is None or len(state[2]["memory"]) < args.window:
-            _, state = decoder.read(tokens, state)
 
-    def ours(training):
-        features, left = decoder.read(tokens, state)
-        return decoder.output_layer(features), detached(left)
-
-    def plain(training):
-        return transcription(decoder, tokens, state, training)
+def compare_steps(width, window, args):
+    section = {"_name": "sha_rnn_small", "width": width, "window": window}
+    decoder = build(section).decoder
+    tokens, targets = (random_tokens(args.length, args.streams) for _ in range(2))
+    state = steady_state(decoder, tokens, window - args.length)
 
     def step(forward):
         def run():
             decoder.train()
+            logits, _ = forward(decoder, tokens, state, True)
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
             decoder.zero_grad()
-            logits, _ = forward(True)
-            F.cross_entropy(logits.flatten(0, 1), targets).backward()
 
         return run
 
-    def evaluate(forward):
+    def evaluate(forward, decoder=decoder, state=state):
         def run():
             decoder.eval()
             with torch.no_grad():
-                forward(False)
+                forward(decoder, tokens, state, False)
 
         return run
 
-    sizes = (args.length, args.streams, args.window)
-    training_floor = floor(decoder, *sizes, backward=True)
-    evaluation_floor = torch.no_grad()(floor(decoder, *sizes, backward=False))
-
-    decoder.eval()
-    torch.testing.assert_close(ours(False)[0], plain(False)[0], atol=1e-4, rtol=1e-3)
-    print(
-        f"{describe_machine()}; width {args.width}, window {args.window}, {args.streams} streams, "
-        f"segments of {args.length}\n"
+    half = deepcopy(decoder).bfloat16()
+    half_state = [{k: v.bfloat16() for k, v in layer.items()} for layer in state]
+    expected, _ = transcription(decoder.eval(), tokens, state, False)
+    torch.testing.assert_close(
+        ours(decoder, tokens, state, False)[0], expected, atol=1e-4, rtol=1e-3
     )
     for kind, cases in (
-        ("training", {"floor": training_floor, "ours": step(ours), "transcription": step(plain)}),
+        ("training", {"ours": step(ours), "transcription": step(transcription)}),
         (
             "evaluation",
             {
-                "floor": evaluation_floor,
                 "ours": evaluate(ours),
-                "transcription": evaluate(plain),
+                "transcription": evaluate(transcription),
+                "ours, bfloat16": evaluate(ours, half, half_state),
             },
         ),
     ):
+        recording = Recording()
+        with recording:
+            cases["ours"]()
         print(f"\n{kind}\n")
-        compare(cases, args.repeats, baseline="ours")
+        compare({**cases, "floor": recording.replay(*FLOOR)}, args.repeats, baseline="ours")
+
+
+def ours(decoder, tokens, state, training):
+    features, left = decoder.read(tokens, state)
+    return decoder.output_layer(features), left
 
 
 if __name__ == "__main__":

@@ -184,16 +184,29 @@ checkpoint: {{save_dir: {tmp_path}/checkpoints, save_interval_updates: 7}}
     assert losses == {updates: expected[updates] for updates in losses}
 
 
-def test_data_workers_change_nothing(data, whole_run, tmp_path):
+@pytest.mark.parametrize("option", ["--num-workers 2", "--checkpoint-activations"])
+def test_how_it_is_computed_changes_nothing(data, whole_run, tmp_path, option):
     done = command(
-        "fairseq-train",
-        data,
-        f"{TRAINING} --max-update 9 --num-workers 2 --save-dir {tmp_path}",
+        "fairseq-train", data, f"{TRAINING} --max-update 9 {option} --save-dir {tmp_path}"
     )
     expected = logged_losses(whole_run[1])
     losses = logged_losses(done.stdout)
     assert len(losses) == 9, done.stdout
     assert losses == {updates: expected[updates] for updates in losses}
+
+
+@pytest.mark.long
+def test_compiled_training_logs_the_same_bits(data, whole_run, tmp_path):
+    options = f"{TRAINING} --max-update 4 --compile --save-dir {tmp_path}"
+    done = command("fairseq-train", data, options)
+    assert done.returncode == 0, done.stdout
+
+    def bits(output):
+        return [float(x) for x in re.findall(r"train_inner.*?bpc=([0-9.]+)", output)][:4]
+
+    assert bits(done.stdout) == pytest.approx(bits(whole_run[1]), abs=0.005)
+    scored = command("fairseq-eval-lm", data, f"--path {tmp_path}/checkpoint_last.pt --cpu")
+    assert scored.returncode == 0, scored.stdout
 
 
 def test_collapsed_model_has_the_same_score(data, whole_run, monkeypatch, caplog):

@@ -7,7 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_sha.ops.dropout import dropout
 
-MAX_SCORES = 2**27  # held at once, over all heads of all streams
+# Scores held at once, over all heads of all streams: on CPU, where computing them anew for the
+# gradient costs no more than writing and reading so many; elsewhere it costs a quarter.
+MAX_SCORES_ON_CPU = 2**23
+MAX_SCORES = 2**27
 WIDEST_FUSED = 256  # width of a head
 
 
@@ -26,16 +29,19 @@ def attend(queries, keys, values, bias, p=0.0):
     """
     if not prefers_products(queries):
         return attend_fused(queries, keys, values, bias, p)
-    rows = max(1, MAX_SCORES // (queries.size(1) * keys.size(0)))
-    if len(queries) <= rows:
+    limit = MAX_SCORES_ON_CPU if queries.device.type == "cpu" else MAX_SCORES
+    some = max(1, limit // (len(queries) * len(keys)))
+    if queries.size(1) <= some:
         return attend_reference(queries, keys, values, bias, p)
-    # Scores are computed anew for their gradient, some queries at a time: they would fill the
-    # memory.
+    # Some heads at a time, whose scores are computed anew for their gradient: those of all would
+    # fill the memory.
+    queries, keys, values = (x.split(some, 1) for x in (queries, keys, values))
+    biases = [bias] * len(queries) if bias.dim() == 2 else bias.split(some)
     pieces = [
-        checkpoint(attend_reference, q, keys, values, b, p, use_reentrant=False)
-        for q, b in zip(queries.split(rows), bias.split(rows, -2))
+        checkpoint(attend_reference, *inputs, p, use_reentrant=False)
+        for inputs in zip(queries, keys, values, biases)
     ]
-    return torch.cat(pieces)
+    return torch.cat(pieces, 1)
 
 
 def prefers_products(queries):

@@ -14,6 +14,7 @@ from fairseq_sha.checks import require_at_least, require_betas
 from fairseq_sha.optim.own_options import PerTensorOptimizer
 
 MAX_WEIGHT_NORM = 10.0
+FUSED_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
 
 
 def min_trust_lamb_reference(w, g, m, v, lr, beta1, beta2, eps, weight_decay, min_trust):
@@ -77,14 +78,17 @@ class MinTrustLAMB(torch.optim.Optimizer):
         squares = [self.state[p]["mean_square"] for p in params]
         beta1, beta2 = group["betas"]
 
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        # Reciprocal and product, both in place: on CPU a new tensor costs more than a pass.
-        updates = torch._foreach_sqrt(squares)
-        torch._foreach_add_(updates, group["eps"])
-        torch._foreach_reciprocal_(updates)
-        torch._foreach_mul_(updates, means)
+        if FUSED_ON_CPU and params[0].device.type == "cpu":
+            updates = updates_of_fused_adam(
+                params, grads, means, squares, beta1, beta2, group["eps"]
+            )
+        else:
+            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+            updates = torch._foreach_sqrt(squares)
+            torch._foreach_add_(updates, group["eps"])
+            updates = torch._foreach_div(means, updates)
         if group["weight_decay"] != 0:
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
 
@@ -96,6 +100,29 @@ class MinTrustLAMB(torch.optim.Optimizer):
         # Kept as tensors: reading them out would make the CPU wait for the GPU.
         torch._foreach_addcmul_(params, updates, list(ratios.unbind()), -group["lr"])
         return ratios
+
+
+def updates_of_fused_adam(params, grads, means, squares, beta1, beta2, eps):
+    """The means' quotient by torch's fused kernel of Adam, several times faster on CPU than one
+    operation after another: a step of -1 from zeros, so late that its bias correction is nil."""
+    updates = [torch.zeros_like(p) for p in params]
+    steps = [torch.tensor(float("inf")) for _ in params]
+    torch._fused_adam_(
+        updates,
+        grads,
+        means,
+        squares,
+        [],
+        steps,
+        lr=-1.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    return updates
 
 
 @dataclass

@@ -65,7 +65,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     )
     compile: bool = field(
         default=False,
-        metadata={"help": "have torch compile the layers (takes a minute at the start)"},
+        metadata={"help": "in training, have torch compile the layers (takes minutes at the start)"},
     )
     seed: int = II("common.seed")
     tpu: bool = II("common.tpu")
@@ -142,9 +142,10 @@ class SegmentLanguageModelingTask(FairseqTask):
                 weights = checkpoint_utils.load_checkpoint_to_cpu(self.cfg.finetune_from_model)
                 self.load_state_dict(weights.get("task_state", {}))
         self.model = super().build_model(cfg, from_checkpoint)
-        self.model.decoder.checkpoint_activations = self.cfg.checkpoint_activations
-        if self.cfg.compile:
-            self.model.decoder.compile_layers()
+        if self.is_training:
+            self.model.decoder.checkpoint_activations = self.cfg.checkpoint_activations
+            if self.cfg.compile:
+                self.model.decoder.compile_layers()
         return self.model
 
     def build_criterion(self, cfg, from_checkpoint=False):
