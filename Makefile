@@ -3,12 +3,13 @@
 #   make test            lint and all tests
 #   make test-long       with the tests that take long: runs that are killed, several workers
 #   make test-upstream   the same tests with upstream fairseq 0.12.2 on Python 3.8
-#   make bench           speed: optimiser, training steps, recurrences, generation
+#   make bench           speed and memory of every part, as tables in runs/bench.md
+#   make bench-growth    how time and memory grow, as a picture in runs/growth.png
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-upstream has-python38 lint bench clean
+.PHONY: demo test test-long test-upstream has-python38 lint bench bench-growth clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -86,12 +87,15 @@ has-python38:
 test-upstream: $(VENV38)/installed
 	$(VENV38)/bin/python -m pytest tests -m "not long"
 
+BENCHMARKS := optimizer train_step steps adaptive_span recurrences generation
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/optimizer.py
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/adaptive_span.py
-	$(BIN)/python benchmarks/recurrences.py
-	$(BIN)/python benchmarks/generation.py
+	mkdir -p runs
+	for name in $(BENCHMARKS); do \
+	  echo; echo "# $$name"; echo; $(BIN)/python -W ignore benchmarks/$$name.py; done | tee runs/bench.md
+	$(BIN)/python -W ignore benchmarks/growth.py --only corpus --largest 100 | tee -a runs/bench.md
+
+bench-growth: $(VENV)/installed
+	$(BIN)/python -W ignore benchmarks/growth.py --save runs
 
 clean:
 	rm -rf $(VENV) $(VENV38) data-bin runs checkpoints

@@ -3,7 +3,7 @@ corpus, from 1 MB to 1 GB.
 
 Each point is a process of its own. Time is that of a training step, the median of some, with a full
 memory; of the corpus, that of opening it and reading the first segment, imports left out. Memory is
-the most that was resident, less what the imports took.
+the most that was resident, less what the imports took; of the corpus, without mapped files.
 
     python benchmarks/growth.py --save benchmarks/results
 """
@@ -45,6 +45,14 @@ def resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def own():
+    """Megabytes that are this process's own now: not those of mapped files, which the system takes
+    back when it needs them."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 2**10
+
+
 def training_step(sizes, threads, repeats):
     torch.set_num_threads(threads)
     torch.manual_seed(1)
@@ -64,13 +72,13 @@ def training_step(sizes, threads, repeats):
 
 
 def opening(folder):
-    before, start = resident(), time.perf_counter()
+    before, start = own(), time.perf_counter()
     cfg = OmegaConf.structured(SegmentLanguageModelingConfig(data=folder))
     cfg = OmegaConf.create({**OmegaConf.to_container(cfg, resolve=False), "seed": 1})
     task = ByteLanguageModelingTask.setup_task(cfg)
     task.load_dataset("train")
     next(iter(task.eval_lm_dataloader(task.dataset("train"), batch_size=16)))
-    return 1e3 * (time.perf_counter() - start), resident() - before
+    return 1e3 * (time.perf_counter() - start), own() - before
 
 
 def corpus(megabytes, pool):
@@ -89,7 +97,20 @@ def corpus(megabytes, pool):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         converted = 1e3 * (time.perf_counter() - start)
         with pool.Pool(1) as process:
-            return (*process.apply(opening, (f"{folder}/data",)), converted)
+            opened = process.apply(opening, (f"{folder}/data",))
+        return (*opened, converted)
+
+
+def corpora(largest, pool):
+    points = []
+    print("\n| corpus, MB | opening it, ms | MB | preprocess/bytes.py, ms |")
+    print("| --- " * 4 + "|")
+    for megabytes in MEGABYTES:
+        if megabytes <= largest:
+            points.append((megabytes, *corpus(megabytes, pool)))
+            cells = (f"{value:,.0f}" for value in points[-1])
+            print("| " + " | ".join(cells) + " |", flush=True)
+    return points
 
 
 def plot(points, machine, path):
@@ -119,29 +140,29 @@ def plot(points, machine, path):
 def main(argv=None):
     parser = arguments(__doc__)
     parser.set_defaults(repeats=3)
-    parser.add_argument("--save", required=True, help="folder for growth.json and growth.png")
+    parser.add_argument("--save", help="folder for growth.json and growth.png")
     parser.add_argument("--largest", type=int, default=1000, help="megabytes of corpus")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*GROWTH, "corpus"], default=[*GROWTH, "corpus"]
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     machine, points = describe_machine(), {}
     print(machine)
     pool = multiprocessing.get_context("spawn")
-    for name, sizes in GROWTH.items():
+    for name in args.only:
+        if name == "corpus":
+            points[name] = corpora(args.largest, pool)
+            continue
         print(f"\n| {name} | training step, ms | MB |\n| --- | --- | --- |")
         points[name] = []
-        for size in sizes:
+        for size in GROWTH[name]:
             with pool.Pool(1) as process:
                 case = {**BASE, name: size}, args.threads, args.repeats
                 points[name].append((size, *process.apply(training_step, case)))
             print("| {:,} | {:,.0f} | {:,.0f} |".format(*points[name][-1]), flush=True)
-    print("\n| corpus, MB | opening it, ms | MB | preprocess/bytes.py, ms |\n" + "| --- " * 4 + "|")
-    points["corpus"] = []
-    for megabytes in MEGABYTES:
-        if megabytes <= args.largest:
-            points["corpus"].append((megabytes, *corpus(megabytes, pool)))
-            print(
-                "| {:,} | {:,.0f} | {:,.0f} | {:,.0f} |".format(*points["corpus"][-1]), flush=True
-            )
+    if not args.save:
+        return
     os.makedirs(args.save, exist_ok=True)
     with open(f"{args.save}/growth.json", "w") as file:
         json.dump({"machine": machine, "base": BASE, "points": points}, file, indent=1)

@@ -1,8 +1,9 @@
 """A training step of each recurrence, forward and backward, beside loops over time under autograd.
 
-Two loops: the definition in ``fairseq_sha.ops``, which takes the steps apart at once; and one as
-most would first write it, which reads ``a[t]`` at each step, so that its gradient adds up a tensor
-as large as all of ``a`` for each step. That one takes minutes, and is run once.
+The loop is the definition in ``fairseq_sha.ops``, which takes the steps apart at once. With
+``--indexed``, also one as most would first write it, which reads ``a[t]`` at each step, so that its
+gradient adds up a tensor as large as all of ``a`` for each step. That one takes minutes, and is run
+once.
 
 python benchmarks/recurrences.py
 """
@@ -36,6 +37,8 @@ def indexed_sru(u, x, weight, bias, c):
 def report(ours, definition, indexed, tensors, repeats):
     cases = {"ours": step(ours, tensors), "definition": step(definition, tensors)}
     medians = compare(cases, repeats, baseline="ours")
+    if not indexed:
+        return
     finish_work()
     start = time.perf_counter()
     step(indexed, tensors)()
@@ -59,6 +62,7 @@ def main(argv=None):
     parser.add_argument("--length", type=int, default=512, help="tokens of a segment")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--indexed", action="store_true", help="measure that loop, too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
@@ -73,13 +77,13 @@ def main(argv=None):
 
     print("\nSRU\n")
     tensors = inputs((*shape[:2], 3, args.width), shape, per_unit, per_unit, state)
-    report(sru, sru_reference, indexed_sru, tensors, args.repeats)
+    report(sru, sru_reference, args.indexed and indexed_sru, tensors, args.repeats)
     print("\ngated linear recurrence\n")
     tensors = [torch.rand(shape, device=args.device, requires_grad=True), *inputs(shape, state)]
     report(
         linear_recurrence,
         linear_recurrence_reference,
-        indexed_linear_recurrence,
+        args.indexed and indexed_linear_recurrence,
         tensors,
         args.repeats,
     )

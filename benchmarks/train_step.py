@@ -16,6 +16,12 @@ from models import build, random_tokens, steady_state
 from timing import arguments, compare, describe_machine
 
 P = 0.1
+SIZES = [  # width, window, length of segments, streams, layers that attend
+    (256, 1000, 256, 16, [2]),
+    (256, 5000, 256, 16, [2]),
+    (256, 5000, 256, 16, [0, 1, 2, 3]),
+    (1024, 1000, 128, 8, [2]),
+]
 
 
 def transcription(decoder, tokens, state, training):
@@ -57,26 +63,28 @@ def transcription(decoder, tokens, state, training):
 
 def main(argv=None):
     parser = arguments(__doc__)
-    parser.add_argument("--width", type=int, nargs="+", default=[256, 256, 1024])
-    parser.add_argument("--window", type=int, nargs="+", default=[1000, 5000, 1000], help="tokens")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a segment")
-    parser.add_argument("--streams", type=int, default=16)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    for width, window in zip(args.width, args.window):
+    for sizes in SIZES:
         torch.manual_seed(1)
+        width, window, length, streams, attention_layers = sizes
         print(
-            f"\n{describe_machine()}; width {width}, window {window}, {args.streams} streams, "
-            f"segments of {args.length}"
+            f"\n{describe_machine()}; width {width}, window {window}, {streams} streams, segments "
+            f"of {length}, {len(attention_layers)} of 4 layers attend"
         )
-        compare_steps(width, window, args)
+        compare_steps(*sizes, args.repeats)
 
 
-def compare_steps(width, window, args):
-    section = {"_name": "sha_rnn_small", "width": width, "window": window}
+def compare_steps(width, window, length, streams, attention_layers, repeats):
+    section = {
+        "_name": "sha_rnn",
+        "width": width,
+        "window": window,
+        "attention_layers": attention_layers,
+    }
     decoder = build(section).decoder
-    tokens, targets = (random_tokens(args.length, args.streams) for _ in range(2))
-    state = steady_state(decoder, tokens, window - args.length)
+    tokens, targets = (random_tokens(length, streams) for _ in range(2))
+    state = steady_state(decoder, tokens, window - length)
 
     def step(forward):
         def run():
@@ -116,7 +124,7 @@ def compare_steps(width, window, args):
         with recording:
             cases["ours"]()
         print(f"\n{kind}\n")
-        compare({**cases, "floor": recording.replay(*FLOOR)}, args.repeats, baseline="ours")
+        compare({**cases, "floor": recording.replay(*FLOOR)}, repeats, baseline="ours")
 
 
 def ours(decoder, tokens, state, training):

@@ -65,7 +65,9 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     )
     compile: bool = field(
         default=False,
-        metadata={"help": "in training, have torch compile the layers (takes minutes at the start)"},
+        metadata={
+            "help": "in training, have torch compile the layers (takes minutes at the start)"
+        },
     )
     seed: int = II("common.seed")
     tpu: bool = II("common.tpu")
