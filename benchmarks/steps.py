@@ -99,21 +99,24 @@ def measure_step(case, args):
     for kind, run in cases.items():
         decoder.train(kind == "training")
         state = states[kind]
-        times = measure({"whole": run, **replays(run, args)}, args.repeats)
+        parts, flop = kernels_of(run, args)
+        times = measure({"whole": run, **parts}, args.repeats)
+        del parts
         medians = {part: statistics.median(values) for part, values in times.items()}
         row[kind, "ms"] = medians.pop("whole")
         row[kind, "spread"] = (max(times["whole"]) - min(times["whole"])) / row[kind, "ms"]
         if medians:
+            row[kind, "gflop"] = flop / 1e9
             row[kind, "floor"] = sum(medians[part] for part in FLOOR)
             row[kind, "shares"] = {part: medians[part] / row[kind, "ms"] for part in KINDS}
     return {" ".join(key) if isinstance(key, tuple) else key: value for key, value in row.items()}
 
 
-def replays(run, args):
-    """Functions by kind that run the kernels of ``run`` alone; none where they are compiled, or
-    their arguments are more than the memory can hold."""
+def kernels_of(run, args):
+    """Functions by kind that run the kernels of ``run`` alone, and their number of floating-point
+    operations; none where they are compiled, or their arguments are more than the memory holds."""
     if args.compile:
-        return {}
+        return {}, 0
     recording = Recording()
     try:
         with recording:
@@ -122,8 +125,8 @@ def replays(run, args):
         del recording
         gc.collect()
         torch.cuda.empty_cache()
-        return {}
-    return {kind: recording.replay(kind) for kind in KINDS}
+        return {}, 0
+    return {kind: recording.replay(kind) for kind in KINDS}, recording.flop
 
 
 def rows_of_memory(decoder, length):
@@ -154,10 +157,10 @@ def main(argv=None):
         print(f"\n{describe_machine(args.device)}; {args.precision}; size: {size}\n")
         print(
             "| model | parameters | training, ms | spread | tokens/s | MB | to the floor "
-            "| evaluation, ms | spread | tokens/s | MB | to the floor | "
+            "| evaluation, ms | spread | tokens/s | MB | to the floor | GFLOP/s, training | "
             + " | ".join(f"training: {kind}" for kind in (*KINDS, "the rest"))
             + " |\n"
-            + "| --- " * (13 + len(KINDS))
+            + "| --- " * (14 + len(KINDS))
             + "|"
         )
         for name in SIZES[size][0]:
@@ -181,6 +184,7 @@ def line(row):
         cells += [f"{taken / floor:.2f}" if floor else "-"]
     shares = row.get("training shares")
     if shares:
+        cells += [f"{1e3 * row['training gflop'] / row['training ms']:,.0f}"]
         cells += [f"{share:.0%}" for share in (*shares.values(), 1 - sum(shares.values()))]
     return "| " + " | ".join(cells) + " |"
 

@@ -12,8 +12,10 @@ of streams. examples/onnx/generate.py shows all of it.
 --int8 rounds weights to 8 bits, as onnxruntime's dynamic quantisation does.
 """
 
+import contextlib
 import importlib.util
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -79,8 +81,7 @@ def export(model, path, length=1, int8=False):
         shapes[f"{layer}.{key}"] = [0 if grows else len(before), 0, *before.shape[2:]]
         dynamic.append({0: rows, 1: streams} if grows else {1: streams})
     tokens = torch.zeros(length, 2, dtype=torch.long)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, about its own insides
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             Segment(decoder, names),
             (tokens, state),
@@ -99,11 +100,33 @@ def export(model, path, length=1, int8=False):
         written = Path(folder) / "model.onnx"
         program.save(written)
         if int8:
-            from onnxruntime.quantization import quantize_dynamic
-
-            quantize_dynamic(written, Path(folder) / "int8.onnx")
-            written = Path(folder) / "int8.onnx"
+            with quiet():
+                written = quantise(written)
         os.replace(written, path)
+
+
+def quantise(path):
+    """Write a model with its weights in 8 bits beside another; returns its path."""
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared, quantised = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+    # Weights that the graph computes from others, as the LSTM's, must be constants first.
+    quant_pre_process(path, prepared, skip_symbolic_shape=True)
+    quantize_dynamic(prepared, quantised)
+    return quantised
+
+
+@contextlib.contextmanager
+def quiet():
+    """The exporter and the quantiser say hundreds of things about their insides."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _check_packages(int8):

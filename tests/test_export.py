@@ -89,11 +89,16 @@ def test_example_generates_the_same_text_without_torch(checkpoints, tmp_path):
     assert done.stdout == b"abc\nd" + model.continuation(b"abc\nd", 50, beam=1)
 
 
-def test_int8_model_is_close(checkpoints, tmp_path):
+@pytest.mark.parametrize("length", [1, 6])
+def test_int8_model_is_close(checkpoints, tmp_path, length):
+    import onnx
+
     model = TrainedModel.load(checkpoints["SHARNN"], cpu=True)
     for int8 in (False, True):
-        export.export(model, tmp_path / f"{int8}.onnx", int8=int8)
-    segments = np.split(np.random.randint(4, 12, (60, 1)), 60)
+        export.export(model, tmp_path / f"{int8}.onnx", length, int8)
+    products = {node.op_type for node in onnx.load(tmp_path / "True.onnx").graph.node}
+    assert not products & {"Gemm", "LSTM"}  # all in 8 bits but those of attention
+    segments = np.split(np.random.randint(4, 12, (60, 1)), 60 // length)
     exact, rounded = (run_session(tmp_path / f"{int8}.onnx", segments) for int8 in (False, True))
     difference = np.abs(exact - rounded).mean()
     assert 1e-5 < difference < 0.1
