@@ -6,7 +6,7 @@ of the comparison (some 256 wide), and of the papers. Each is measured in a proc
 its peak memory, that of imports included. Weights are random, memories full; a training step is
 forward and backward, an evaluation pass a forward one, of one segment.
 
-    python benchmarks/steps.py
+    python benchmarks/steps.py --sizes demo 256 "paper, short segments"
     python benchmarks/steps.py --sizes paper --models sha_rnn_enwik8 --device cuda --precision amp
 """
 
@@ -143,7 +143,7 @@ def rows_of_memory(decoder, length):
 def main(argv=None):
     parser = arguments(__doc__)
     parser.set_defaults(repeats=5)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES)[:3])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["256"])
     parser.add_argument("--models", nargs="+", help="names of configs (default: all)")
     parser.add_argument("--length", type=int, help="tokens of a segment")
     parser.add_argument("--streams", type=int)

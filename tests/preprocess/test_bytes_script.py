@@ -303,6 +303,8 @@ def test_signal_leaves_nothing(runner, number):
         cwd=str(runner.folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell that runs the tests in the background has them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not list(runner.folder.glob(".out.*/train.bin")):
