@@ -1,5 +1,5 @@
-"""What a GPU does with the models of the papers: run once, it measures all there is to know of a
-card. Each part can be run by itself, with --device cuda.
+"""What a GPU does with the models of the papers: their steps, the optimiser, the recurrences. Each
+part can be run by itself, with --device cuda.
 
     python benchmarks/gpu.py | tee my_card.md
 """

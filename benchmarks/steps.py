@@ -166,8 +166,12 @@ def main(argv=None):
         for name in SIZES[size][0]:
             if args.models and name.partition("/")[2] not in args.models:
                 continue
-            with pool.Pool(1) as process:
-                row = process.apply(measure_step, ((size, name), args))
+            try:
+                with pool.Pool(1) as process:
+                    row = process.apply(measure_step, ((size, name), args))
+            except torch.cuda.OutOfMemoryError:
+                print(f"| {name.partition('/')[2]} | out of memory |", flush=True)
+                continue
             rows.append(row)
             print(line(row), flush=True)
     if args.json:

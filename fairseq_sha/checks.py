@@ -1,6 +1,8 @@
 """Checks of configs that models and optimisers share. Each raises a UserError that names the
 option."""
 
+import torch
+
 from fairseq_sha.errors import UserError
 
 
@@ -31,3 +33,8 @@ def require_heads_that_divide(cfg):
 
 def _option(name):
     return "--" + name.replace("_", "-")
+
+
+def torch_is_at_least(major, minor):
+    """Whether torch has this version or a newer one."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (major, minor)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.commands import check_new, load, model_parser
 from fairseq_sha.errors import UserError
 
@@ -120,18 +121,18 @@ def quantise(path):
 @contextlib.contextmanager
 def quiet():
     """The exporter and the quantiser say hundreds of things about their insides."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _check_packages(int8):
-    version = torch.__version__.split(".")
-    if (int(version[0]), int(version[1])) < (2, 6):
+    if not torch_is_at_least(2, 6):
         raise UserError(f"torch {torch.__version__}: its exporter is too old; 2.6 or newer can")
     needed = ["onnx", "onnxscript"] + ["onnxruntime"] * int8
     missing = [name for name in needed if importlib.util.find_spec(name) is None]

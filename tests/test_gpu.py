@@ -1,6 +1,7 @@
 """What only a CUDA GPU can show: that it computes what the CPU does, and never waits for it."""
 
 import re
+import sys
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -11,7 +12,15 @@ from omegaconf import OmegaConf
 
 from fairseq_sha import compress
 from fairseq_sha.models.adaptive_span import AdaptiveSpanDecoder
-from fairseq_sha.ops import linear_recurrence, linear_recurrence_reference, sru, sru_reference
+from fairseq_sha.ops import (
+    attend,
+    attend_reference,
+    causal,
+    linear_recurrence,
+    linear_recurrence_reference,
+    sru,
+    sru_reference,
+)
 from fairseq_sha.optim.min_trust_lamb import MinTrustLAMB
 from fairseq_sha.trained_model import TrainedModel
 from tests.commands import command, logged_losses
@@ -21,6 +30,8 @@ from tests.ops.test_recurrences import check, linear_inputs, sru_inputs, sru_mas
 from tests.options import FAMILIES
 from tests.test_precision import bits
 from tests.tiny_corpus import text, write_folder
+
+attention = sys.modules[attend.__module__]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -47,6 +58,26 @@ def test_recurrences_equal_their_definitions(length, dtype):
     check(sru, sru_reference, inputs, sru_mask(dtype).cuda(), **tolerance)
     inputs = on_gpu(sru_inputs(length, dtype, streams=16, width=300))
     check(sru, sru_reference, inputs, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.half])
+@pytest.mark.parametrize("max_scores", [2**27, 3 * 20 * 50])
+@pytest.mark.parametrize("width", [64, 300])
+def test_attention_equals_its_definition(monkeypatch, width, max_scores, dtype):
+    """Of narrow and of wide heads, all at once and some at a time."""
+    monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
+    exact = [torch.randn(n, 8, width, requires_grad=True) for n in (20, 50, 50)]
+    expected = attend_reference(*exact, causal(*exact[:2]))
+    inputs = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
+    found = attend(*inputs, causal(*inputs[:2]))
+    tolerance = (
+        {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float else {"atol": 2e-2, "rtol": 2e-2}
+    )
+    torch.testing.assert_close(found.float().cpu(), expected, **tolerance)
+    weight = torch.randn_like(expected)
+    expected = torch.autograd.grad((expected * weight).sum(), exact)
+    found = torch.autograd.grad((found * weight.to(found)).sum(), inputs)
+    torch.testing.assert_close([x.float().cpu() for x in found], list(expected), **tolerance)
 
 
 @pytest.fixture(params=MODELS)
@@ -125,11 +156,12 @@ def without_dropout(options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_and_evaluation_are_the_cpus(data, tmp_path, family):
-    """In float32, and within a little of it under mixed precision."""
+    """Without mixed precision (LSTMs in TF32, though), and within a little of it with."""
     options = f"{without_dropout(FAMILIES[family])} --max-update 12"
     if "--dropatt" not in options and family == "SRUpp":
         options += " --dropatt 0"
     expected = bits(command("fairseq-train", data, f"{options} --no-save").stdout)
+    assert len(expected) == 12
     options = options.replace("--cpu", "")
     for precision, tolerance in (("", 0.005), ("--amp", 0.03), ("--fp16", 0.03)):
         if precision == "--fp16":

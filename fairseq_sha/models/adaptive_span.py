@@ -130,9 +130,8 @@ class AdaptiveAttention(nn.Module):
 class AdaptiveSpanLayer(nn.Module):
     """Attention over what came before, and a feed-forward layer, each followed by its norm."""
 
-    def __init__(self, cfg, number):
+    def __init__(self, cfg):
         super().__init__()
-        self.number = number
         self.attn_span = cfg.attn_span
         self.attention = AdaptiveAttention(cfg)
         self.norm_attention = nn.LayerNorm(cfg.width)
@@ -145,7 +144,7 @@ class AdaptiveSpanLayer(nn.Module):
         # Before the first token there are zeros, which are attended to like any other.
         cache = state["cache"] if state else h.new_zeros(self.attn_span, *h.shape[1:])
         left = last_rows(cache, h, self.attn_span)
-        h = self.norm_attention(h + self.attention(h, cache, key_positions, trimmed[self.number]))
+        h = self.norm_attention(h + self.attention(h, cache, key_positions, trimmed))
         return self.norm_feed_forward(h + self.feed_forward(h)), {"cache": left}
 
 
@@ -154,7 +153,7 @@ class AdaptiveSpanDecoder(SegmentDecoder):
 
     def __init__(self, cfg, dictionary):
         check(cfg)
-        layers = [AdaptiveSpanLayer(cfg, i) for i in range(cfg.num_layers)]
+        layers = [AdaptiveSpanLayer(cfg) for _ in range(cfg.num_layers)]
         super().__init__(dictionary, layers, cfg.width, tied=False)
         self.span_loss = cfg.adapt_span_loss
         self.has_auxiliary_losses = cfg.adapt_span_loss > 0
@@ -162,8 +161,8 @@ class AdaptiveSpanDecoder(SegmentDecoder):
         self.trimmed_when_exported = None
         self.key_positions = nn.Parameter(torch.randn(cfg.width // cfg.n_head, cfg.attn_span))
 
-    def shared_by_layers(self, h, state):
-        return self.key_positions, self.trimmed_when_exported or self.trimmed()
+    def inputs_of_layers(self, h, state):
+        return [(self.key_positions, n) for n in self.trimmed_when_exported or self.trimmed()]
 
     def trimmed(self):
         """How many of the oldest keys no head of each layer reaches: a list of int."""

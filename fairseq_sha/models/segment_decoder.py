@@ -23,7 +23,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     Args:
         dictionary (~fairseq.data.Dictionary): the vocabulary, of size ``V``
         layers (list of nn.Module): each takes ``h [T, B, H]`` and its state, a dict that is empty
-            at a start (and what :meth:`shared_by_layers` gives), and returns the new ``h`` and the
+            at a start (and what :meth:`inputs_of_layers` gives), and returns the new ``h`` and the
             state that it leaves
         width (int): ``H``
         tied (bool): whether the output has the embedding's weights, or its own
@@ -134,26 +134,32 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         """Run a segment: tokens ``[T, B]`` and state to features ``[T, B, H]`` and new state."""
         h = self.embed(tokens)
         state = state or [{}] * len(self.layers)
-        shared = self.shared_by_layers(h, state)
         left = []
-        for layer, before in zip(self.layers, state):
+        for layer, before, others in zip(self.layers, state, self.inputs_of_layers(h, state)):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 layer = functools.partial(checkpoint, layer, use_reentrant=False)
-            h, after = layer(h, before, *shared)
+            h, after = layer(h, before, *others)
             left.append(after)
         if self.final_norm is not None:
             h = self.final_norm(h)
         return dropout(h, self.dropout_output, self.training), left
 
     def compile_layers(self):
-        """Have torch compile each layer at its first segment; what it cannot compile, such as the
-        kernels of recurrences, runs as it did."""
+        """Have torch compile each layer at its first segment, for any length; recurrences, which
+        would be compiled into one operation after another for each length, run as they did."""
+        import torch._dynamo  # takes seconds
+
+        limit = torch._dynamo.config.cache_size_limit
+        torch._dynamo.config.cache_size_limit = max(limit, 8 * len(self.layers))
+        for module in self.modules():
+            if hasattr(module, "recurrence"):
+                module.recurrence = torch._dynamo.disable(module.recurrence)
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
-    def shared_by_layers(self, h, state):
-        """What all layers are given after ``h`` and their state: a tuple."""
-        return ()
+    def inputs_of_layers(self, h, state):
+        """What each layer is given after ``h`` and its state: a list of tuples."""
+        return [()] * len(self.layers)
 
     def embed(self, tokens):
         """Tokens ``[T, B]`` to ``h [T, B, H]`` for the first layer."""

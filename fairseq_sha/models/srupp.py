@@ -64,6 +64,8 @@ class SRUppConfig(FairseqDataclass):
 class SRUppLayer(nn.Module):
     """Attention in a narrow projection, from which a wide SRU gets its input (section 3)."""
 
+    recurrence = staticmethod(sru)
+
     def __init__(self, cfg, attends, last):
         super().__init__()
         self.width = cfg.width
@@ -99,7 +101,7 @@ class SRUppLayer(nn.Module):
         mask = None
         if self.training and self.p_state > 0:
             mask = dropout(torch.ones_like(x[0]), self.p_state)
-        out, c = sru(u.unflatten(-1, (3, -1)), x, self.weight, self.bias, c0, mask)
+        out, c = self.recurrence(u.unflatten(-1, (3, -1)), x, self.weight, self.bias, c0, mask)
         return out, {**left, "c": c.unsqueeze(0)}
 
     def attention(self, q, remembered):

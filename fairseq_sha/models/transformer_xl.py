@@ -163,10 +163,11 @@ class TransformerXLDecoder(SegmentDecoder):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def shared_by_layers(self, h, state):
+    def inputs_of_layers(self, h, state):
         remembered = state[0]["memory"].size(0) if state[0] else 0
         positions = self.embed_distances(remembered + len(h), h.device).to(h)
-        return dropout(positions, self.p, self.training), self.content_bias, self.position_bias
+        positions = dropout(positions, self.p, self.training)
+        return [(positions, self.content_bias, self.position_bias)] * len(self.layers)
 
     def embed_distances(self, total, device):
         """Sinusoids of the distances ``total - 1`` down to -1: ``[total + 1, H]``."""

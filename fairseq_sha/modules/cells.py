@@ -45,6 +45,9 @@ class LayerNormLSTM(nn.Module):
         of_inputs = self.norm_input(self.input(x))
         h = state["h"][0] if state else torch.zeros_like(x[0])
         c = state["c"][0] if state else torch.zeros_like(x[0])
+        return self.recurrence(of_inputs, h, c)
+
+    def recurrence(self, of_inputs, h, c):
         outputs = []
         for of_input in of_inputs.unbind():
             i, f, g, o = (of_input + self.norm_hidden(self.hidden(h))).chunk(4, -1)
@@ -58,6 +61,8 @@ class SRU(nn.Module):
     """A simple recurrent unit with a highway connection (arXiv 1709.02755); the state holds ``c``,
     ``[1, B, H]``, in float32 or wider."""
 
+    recurrence = staticmethod(sru)
+
     def __init__(self, width):
         super().__init__()
         self.input = nn.Linear(width, 3 * width, bias=False)
@@ -67,7 +72,7 @@ class SRU(nn.Module):
     def forward(self, x, state):
         u = self.input(x).unflatten(-1, (3, -1))
         c0 = state["c"][0] if state else torch.zeros_like(x[0])
-        out, c = sru(u, x, self.weight, self.bias, c0)
+        out, c = self.recurrence(u, x, self.weight, self.bias, c0)
         return out, {"c": c.unsqueeze(0)}
 
 
@@ -83,6 +88,7 @@ class MinGRU(nn.Module):
     """
 
     gates = 1
+    recurrence = staticmethod(linear_recurrence)
 
     def __init__(self, width, expansion=1.0):
         super().__init__()
@@ -97,7 +103,7 @@ class MinGRU(nn.Module):
         candidate, *gates = wide.chunk(1 + self.gates, -1)
         keep, take = self.keep_and_take(*gates)
         h0 = state["h"][0] if state else torch.zeros_like(candidate[0])
-        out, h = linear_recurrence(keep, take * positive(candidate), h0)
+        out, h = self.recurrence(keep, take * positive(candidate), h0)
         out = out.to(projected.dtype)
         return out if self.output is None else self.output(out), {"h": h.unsqueeze(0)}
 

@@ -46,14 +46,13 @@ def _sru_forward(
     kept = tl.load(mask + column, mask=inside)
     c = tl.load(c0 + column, mask=inside)
     tl.store(states + column, c, mask=inside)
-    wide = states.dtype.element_ty
     for t in range(steps):
         at = t * columns.to(tl.int64)
         u_at = u + 3 * (at + stream * width) + unit
-        u0 = tl.load(u_at, mask=inside).to(wide)
-        u1 = tl.load(u_at + width, mask=inside).to(wide)
-        u2 = tl.load(u_at + 2 * width, mask=inside).to(wide)
-        x_t = tl.load(x + at + column, mask=inside).to(wide)
+        u0 = tl.load(u_at, mask=inside).to(c.dtype)
+        u1 = tl.load(u_at + width, mask=inside).to(c.dtype)
+        u2 = tl.load(u_at + 2 * width, mask=inside).to(c.dtype)
+        x_t = tl.load(x + at + column, mask=inside).to(c.dtype)
         f = 1 / (1 + tl.exp(-(u1 + v_f * c + b_f)))
         r = 1 / (1 + tl.exp(-(u2 + v_r * c + b_r)))
         c = u0 + (c - u0) * f
@@ -86,7 +85,6 @@ def _sru_backward(
     b_r = tl.load(bias + width + unit, mask=inside)
     kept = tl.load(mask + column, mask=inside)
     of_c = tl.load(of_last + column, mask=inside)  # what the steps that follow ask of the state
-    wide = states.dtype.element_ty
     c = tl.load(states + steps * columns.to(tl.int64) + column, mask=inside)
     of_v_f = tl.zeros_like(c)
     of_v_r = tl.zeros_like(c)
@@ -97,11 +95,11 @@ def _sru_backward(
         at = t * columns.to(tl.int64)
         before = tl.load(states + at + column, mask=inside)
         from_u = 3 * (at + stream * width) + unit
-        u0 = tl.load(u + from_u, mask=inside).to(wide)
-        u1 = tl.load(u + from_u + width, mask=inside).to(wide)
-        u2 = tl.load(u + from_u + 2 * width, mask=inside).to(wide)
-        x_t = tl.load(x + at + column, mask=inside).to(wide)
-        of_o_t = tl.load(of_o + at + column, mask=inside).to(wide)
+        u0 = tl.load(u + from_u, mask=inside).to(c.dtype)
+        u1 = tl.load(u + from_u + width, mask=inside).to(c.dtype)
+        u2 = tl.load(u + from_u + 2 * width, mask=inside).to(c.dtype)
+        x_t = tl.load(x + at + column, mask=inside).to(c.dtype)
+        of_o_t = tl.load(of_o + at + column, mask=inside).to(c.dtype)
         f = 1 / (1 + tl.exp(-(u1 + v_f * before + b_f)))
         r = 1 / (1 + tl.exp(-(u2 + v_r * before + b_r)))
         through_c = of_o_t * kept * r

@@ -15,9 +15,10 @@ def clip_on_cpu():
     def clip_in_place(params, max_norm, aggregate_norm_fn=None):
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         on_cpu = all(p.device.type == "cpu" for p in params)
-        if not (on_cpu and params and torch.cuda.is_available()):
+        if not (on_cpu and params and torch.cuda.is_available()) or aggregate_norm_fn is not None:
             return clip(params, max_norm, aggregate_norm_fn)
-        limit = max_norm if max_norm > 0 else float("inf")
-        return torch.nn.utils.clip_grad_norm_(params, limit)
+        if max_norm > 0:
+            return torch.nn.utils.clip_grad_norm_(params, max_norm)
+        return torch.stack([p.grad.norm() for p in params if p.grad is not None]).norm()
 
     utils.clip_grad_norm_ = clip_in_place

@@ -10,11 +10,11 @@ from fairseq.logging import metrics
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
-from fairseq_sha.checks import require_at_least, require_betas
+from fairseq_sha.checks import require_at_least, require_betas, torch_is_at_least
 from fairseq_sha.optim.own_options import PerTensorOptimizer
 
 MAX_WEIGHT_NORM = 10.0
-FUSED_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
+FUSED_ON_CPU = torch_is_at_least(2, 4)
 
 
 def min_trust_lamb_reference(w, g, m, v, lr, beta1, beta2, eps, weight_decay, min_trust):
@@ -78,7 +78,7 @@ class MinTrustLAMB(torch.optim.Optimizer):
         squares = [self.state[p]["mean_square"] for p in params]
         beta1, beta2 = group["betas"]
 
-        if FUSED_ON_CPU and params[0].device.type == "cpu":
+        if FUSED_ON_CPU and all(map(suits_fused_kernel, params)):
             updates = updates_of_fused_adam(
                 params, grads, means, squares, beta1, beta2, group["eps"]
             )
@@ -100,6 +100,12 @@ class MinTrustLAMB(torch.optim.Optimizer):
         # Kept as tensors: reading them out would make the CPU wait for the GPU.
         torch._foreach_addcmul_(params, updates, list(ratios.unbind()), -group["lr"])
         return ratios
+
+
+def suits_fused_kernel(p):
+    """It pairs elements by their place in memory."""
+    like = p.device.type == "cpu" and p.grad.layout == torch.strided and p.grad.dtype == p.dtype
+    return like and p.grad.stride() == p.stride()
 
 
 def updates_of_fused_adam(params, grads, means, squares, beta1, beta2, eps):

@@ -26,6 +26,7 @@ from fairseq.tasks import FairseqTask
 from omegaconf import II
 
 from fairseq_sha.checkpoints import check_symbols, replace_damaged_last_checkpoint
+from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
     CrossEntropyWithAuxiliaryLosses,
 )
@@ -138,6 +139,10 @@ class SegmentLanguageModelingTask(FairseqTask):
                 raise UserError(
                     "--bf16 means a TPU to fairseq's command line; for bfloat16 on GPU or CPU use "
                     "fairseq-hydra-train with common.bf16=true"
+                )
+            if self.cfg.compile and not torch_is_at_least(2, 4):
+                raise UserError(
+                    f"--compile: torch {torch.__version__} is too old; 2.4 or newer can"
                 )
             replace_damaged_last_checkpoint(self.cfg.save_dir)
             if self.cfg.finetune_from_model:

@@ -67,8 +67,7 @@ def test_equals_published_code(name):
 
 def test_a_golden_case_is_trimmed():
     model = golden_decoder(CASES["trimmed"])
-    _, trimmed = model.shared_by_layers(None, None)
-    assert trimmed == [64, 64]
+    assert [trimmed for _, trimmed in model.inputs_of_layers(None, None)] == [64, 64]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_attention_equals_the_equations(span):
     attention = model.layers[0].attention
     with torch.no_grad():
         attention.span.mul_(0.4)  # so that something is trimmed of 150
-    positions, (trimmed, _) = model.shared_by_layers(None, None)
+    positions, trimmed = model.inputs_of_layers(None, None)[0]
     assert trimmed == (64 if span == 150 else 0)
     h, cache = torch.randn(7, 3, 16, requires_grad=True), torch.randn(span, 3, 16)
     actual = attention(h, cache, positions, trimmed)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.models.adaptive_span import AdaptiveSpan, AdaptiveSpanConfig
 from fairseq_sha.models.min_rnn import MinRNN, MinRNNConfig
 from fairseq_sha.models.sha_rnn import CELLS, SHARNN, SHARNNConfig
@@ -83,10 +84,9 @@ def test_layers_computed_anew_for_their_gradients_change_nothing(model):
     assert all(map(torch.equal, losses_and_gradients(decoder, segments), expected))
 
 
-COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
-
-
-@pytest.mark.skipif(not COMPILES, reason="compiling these layers needs torch 2.4 or newer")
+@pytest.mark.skipif(
+    not torch_is_at_least(2, 4), reason="compiling these layers needs torch 2.4 or newer"
+)
 @pytest.mark.parametrize(
     "model",
     [pytest.param(name, marks=() if name == "min_gru" else pytest.mark.long) for name in MODELS],

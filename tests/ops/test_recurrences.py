@@ -147,18 +147,62 @@ for dtype in (torch.float, torch.double):
             for out in (found, expected)
         )
         torch.testing.assert_close(found, expected)
+# Inputs in half precision, state in float32.
+shapes = (5, 2, 3, 50), (5, 2, 50), (2, 50), (2, 50), (2, 50)
+inputs = [torch.randn(shape) for shape in shapes]
+half = [tensor.half().requires_grad_() for tensor in inputs[:2]]
+wide = [tensor.detach().float().requires_grad_() for tensor in half]
+rest, mask = inputs[2:], torch.ones(2, 50)
+o, c = SRU.apply(*half, *rest, mask)
+expected = sru_reference(*wide, *rest, mask)
+assert o.dtype == torch.half and c.dtype == torch.float
+torch.testing.assert_close(o.float(), expected[0], atol=5e-3, rtol=5e-3)
+torch.testing.assert_close(c, expected[1])
+for found, exact in zip(
+    torch.autograd.grad(o.float().sum(), half), torch.autograd.grad(expected[0].sum(), wide)
+):
+    torch.testing.assert_close(found.float(), exact, atol=5e-3, rtol=5e-3)
 print("kernels agree")
 """
 
 
+COMPILATION = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fairseq_sha.ops import triton_kernels
+HALVES = "u", "x", "o", "of_o", "of_u", "of_x"
+for name, constants in (("_scan", {"REVERSE": True}), ("_sru_forward", {}), ("_sru_backward", {})):
+    kernel, constants = getattr(triton_kernels, name), {"BLOCK": 128, **constants}
+    for state, half in (("*fp32", "*fp16"), ("*fp32", "*bf16"), ("*fp64", "*fp64")):
+        signature = {}
+        for argument in kernel.arg_names:
+            is_number = argument in ("steps", "columns", "width")
+            signature[argument] = "i32" if is_number else half if argument in HALVES else state
+        signature.update(dict.fromkeys(constants, "constexpr"))
+        source = ASTSource(kernel, signature, constexprs=constants)
+        triton.compile(source, target=GPUTarget("cuda", 80, 32))
+print("kernels compile")
+"""
+
+
 def test_triton_kernels_in_the_interpreter():
+    check_with_triton(KERNELS, "kernels agree\n", TRITON_INTERPRET="1")
+
+
+def test_triton_kernels_compile_for_a_gpu():
+    """Which the interpreter does not tell; it takes no GPU."""
+    check_with_triton(COMPILATION, "kernels compile\n")
+
+
+def check_with_triton(code, expected, **environment):
     if importlib.util.find_spec("triton") is None or metadata.version("triton") < "3":
-        pytest.skip("needs triton 3, whose interpreter runs without a GPU")
+        pytest.skip("needs triton 3, which interprets and compiles without a GPU")
     done = subprocess.run(
-        [sys.executable, "-c", KERNELS],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.stdout.endswith("kernels agree\n"), done.stdout
+    assert done.stdout.endswith(expected), done.stdout

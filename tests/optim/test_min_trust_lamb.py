@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -55,8 +57,10 @@ def random_params(dtype=torch.double):
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("min_trust", [0.0, 0.25, 3.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equals_the_form_written_out(min_trust, weight_decay, at_once):
+def test_equals_the_form_written_out(monkeypatch, min_trust, weight_decay, at_once):
     """One tensor at a time, as on CPU, and all at once, as on a GPU."""
+    if at_once:
+        monkeypatch.setattr(sys.modules[MinTrustLAMB.__module__], "FUSED_ON_CPU", False)
     params = random_params()
     options = dict(eps=1e-6, weight_decay=weight_decay, min_trust=min_trust)
     optimizer = MinTrustLAMB(params, lr=0.1, betas=(0.8, 0.95), **options)
@@ -160,3 +164,13 @@ def test_resumed_run_follows_its_own_options():
     resumed.load_state_dict(saved)
     (group,) = resumed.param_groups
     assert group["min_trust"] == 0.25 and group["weight_decay"] == 0
+
+
+def test_gradient_of_another_layout_is_paired_by_place_not_by_memory():
+    params = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    params[1].data.copy_(params[0].data)
+    gradient = torch.randn(4, 6).t()
+    params[0].grad, params[1].grad = gradient, gradient.contiguous()
+    for param in params:
+        MinTrustLAMB([param], lr=0.1).step()
+    torch.testing.assert_close(*params)
