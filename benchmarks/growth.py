@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from models import build, random_tokens, steady_state
-from omegaconf import OmegaConf
 from timing import arguments, describe_machine, measure
 
 from fairseq_sha.tasks.byte_language_modeling import ByteLanguageModelingTask
@@ -73,9 +73,8 @@ def training_step(sizes, threads, repeats):
 
 def opening(folder):
     before, start = own(), time.perf_counter()
-    cfg = OmegaConf.structured(SegmentLanguageModelingConfig(data=folder))
-    cfg = OmegaConf.create({**OmegaConf.to_container(cfg, resolve=False), "seed": 1})
-    task = ByteLanguageModelingTask.setup_task(cfg)
+    defaults = vars(SegmentLanguageModelingConfig())
+    task = ByteLanguageModelingTask.setup_task(Namespace(**{**defaults, "data": folder}))
     task.load_dataset("train")
     next(iter(task.eval_lm_dataloader(task.dataset("train"), batch_size=16)))
     return 1e3 * (time.perf_counter() - start), own() - before

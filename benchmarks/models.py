@@ -45,7 +45,7 @@ def steady_state(decoder, tokens, window):
     """
     _, state = decoder.read(tokens, None)
     for layer in state:
-        for key in set(layer) & {"memory"}:
-            rows = layer[key]
-            layer[key] = rows.repeat(-(-window // len(rows)), 1, 1)[:window]
+        if "memory" in layer:
+            rows = layer["memory"]
+            layer["memory"] = rows.repeat(-(-window // len(rows)), 1, 1)[:window]
     return state

@@ -4,7 +4,8 @@ The floor is the time of the recurrent kernels and matrix products alone (those 
 run by themselves, in turn with the whole. Models are those of examples/: at the size of the demo,
 of the comparison (some 256 wide), and of the papers. Each is measured in a process of its own, for
 its peak memory, that of imports included. Weights are random, memories full; a training step is
-forward and backward, an evaluation pass a forward one, of one segment.
+forward and backward, an evaluation pass a forward one, of one segment. On CPU a peak is that of the
+process so far, in which the evaluation comes first.
 
     python benchmarks/steps.py --sizes demo 256 "paper, short segments"
     python benchmarks/steps.py --sizes paper --models sha_rnn_enwik8 --device cuda --precision amp
@@ -93,9 +94,9 @@ def measure_step(case, args):
             torch.cuda.reset_peak_memory_stats()
         run()
         if on_gpu:
-            row[kind, "MB"] = torch.cuda.max_memory_allocated() / 2**20
+            row[f"{kind} MB"] = torch.cuda.max_memory_allocated() / 2**20
         else:
-            row[kind, "MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            row[f"{kind} MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     for kind, run in cases.items():
         decoder.train(kind == "training")
         state = states[kind]
@@ -103,13 +104,13 @@ def measure_step(case, args):
         times = measure({"whole": run, **parts}, args.repeats)
         del parts
         medians = {part: statistics.median(values) for part, values in times.items()}
-        row[kind, "ms"] = medians.pop("whole")
-        row[kind, "spread"] = (max(times["whole"]) - min(times["whole"])) / row[kind, "ms"]
+        row[f"{kind} ms"] = medians.pop("whole")
+        row[f"{kind} spread"] = (max(times["whole"]) - min(times["whole"])) / row[f"{kind} ms"]
         if medians:
-            row[kind, "gflop"] = flop / 1e9
-            row[kind, "floor"] = sum(medians[part] for part in FLOOR)
-            row[kind, "shares"] = {part: medians[part] / row[kind, "ms"] for part in KINDS}
-    return {" ".join(key) if isinstance(key, tuple) else key: value for key, value in row.items()}
+            row[f"{kind} gflop"] = flop / 1e9
+            row[f"{kind} floor"] = sum(medians[part] for part in FLOOR)
+            row[f"{kind} shares"] = {part: medians[part] / row[f"{kind} ms"] for part in KINDS}
+    return row
 
 
 def kernels_of(run, args):

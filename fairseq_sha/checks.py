@@ -1,5 +1,4 @@
-"""Checks of configs that models and optimisers share. Each raises a UserError that names the
-option."""
+"""Checks of configs, which raise a UserError that names the option, and of torch."""
 
 import torch
 

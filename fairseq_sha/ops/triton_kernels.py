@@ -33,16 +33,19 @@ def scan(a, b, h0, reverse=False, out=None):
 
 
 @triton.jit
+def _load_pair(rows, unit, width, inside):
+    return tl.load(rows + unit, mask=inside), tl.load(rows + width + unit, mask=inside)
+
+
+@triton.jit
 def _sru_forward(
     u, x, weight, bias, c0, mask, o, states, steps, columns, width, BLOCK: tl.constexpr
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     stream, unit = column // width, column % width
-    v_f = tl.load(weight + unit, mask=inside)
-    v_r = tl.load(weight + width + unit, mask=inside)
-    b_f = tl.load(bias + unit, mask=inside)
-    b_r = tl.load(bias + width + unit, mask=inside)
+    v_f, v_r = _load_pair(weight, unit, width, inside)
+    b_f, b_r = _load_pair(bias, unit, width, inside)
     kept = tl.load(mask + column, mask=inside)
     c = tl.load(c0 + column, mask=inside)
     tl.store(states + column, c, mask=inside)
@@ -79,10 +82,8 @@ def _sru_backward(
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     stream, unit = column // width, column % width
-    v_f = tl.load(weight + unit, mask=inside)
-    v_r = tl.load(weight + width + unit, mask=inside)
-    b_f = tl.load(bias + unit, mask=inside)
-    b_r = tl.load(bias + width + unit, mask=inside)
+    v_f, v_r = _load_pair(weight, unit, width, inside)
+    b_f, b_r = _load_pair(bias, unit, width, inside)
     kept = tl.load(mask + column, mask=inside)
     of_c = tl.load(of_last + column, mask=inside)  # what the steps that follow ask of the state
     c = tl.load(states + steps * columns.to(tl.int64) + column, mask=inside)

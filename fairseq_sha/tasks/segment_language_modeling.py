@@ -61,7 +61,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
         default=False,
         metadata={
             "help": "keep of each layer only its input and compute the rest anew for its gradient: "
-            "less memory, a third more work"
+            "less memory, one more forward pass"
         },
     )
     compile: bool = field(

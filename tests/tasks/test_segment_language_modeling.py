@@ -1,5 +1,6 @@
 """What the task does after an update."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -102,3 +103,11 @@ def test_flat_float32_copies_are_refused(model):
     optimizer = mixed_precision(model, torch.zeros(4))
     with pytest.raises(UserError, match="--fp16-no-flatten-grads"):
         update(optimizer, model)
+
+
+def test_torch_that_cannot_compile_is_named(monkeypatch):
+    module = sys.modules[SegmentLanguageModelingTask.__module__]
+    monkeypatch.setattr(module, "torch_is_at_least", lambda *_: False)
+    cfg = SegmentLanguageModelingConfig(compile=True, tpu=False)
+    with pytest.raises(UserError, match="--compile: torch .* is too old; 2.4 or newer can"):
+        SegmentLanguageModelingTask(cfg, dictionary_of(29)).build_model(None)
