@@ -8,28 +8,32 @@ BLOCK = 128
 
 
 @triton.jit
-def _scan(a, b, h0, states, steps, columns, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+def _scan(a, b, h0, states, steps, columns, first, stride, BLOCK: tl.constexpr):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     h = tl.load(h0 + column, mask=inside)
-    for step in range(steps):
-        t = step
-        if REVERSE:
-            t = steps - 1 - step
-        at = t * columns.to(tl.int64) + column
+    at = first + column
+    for _ in range(steps):
         h = tl.load(a + at, mask=inside) * h + tl.load(b + at, mask=inside)
         tl.store(states + at, h, mask=inside)
+        at += stride
 
 
 def scan(a, b, h0, reverse=False, out=None):
     """:func:`fairseq_sha.ops.linear_recurrence.scan` in one kernel."""
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
     states = torch.empty_like(b) if out is None else out
-    columns = h0.numel()
+    steps, columns = len(a), h0.numel()
+    first, stride = (_last_row(steps, columns), -columns) if reverse else (0, columns)
     grid = (triton.cdiv(columns, BLOCK),)
     with torch.cuda.device_of(a):
-        _scan[grid](a, b, h0, states, len(a), columns, REVERSE=reverse, BLOCK=BLOCK)
+        _scan[grid](a, b, h0, states, steps, columns, first, stride, BLOCK=BLOCK)
     return states
+
+
+def _last_row(steps, columns):
+    """Where the last step's row begins: passed to kernels, which would overflow computing it."""
+    return (steps - 1) * columns
 
 
 @triton.jit
@@ -43,24 +47,25 @@ def _sru_forward(
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    stream, unit = column // width, column % width
+    unit = column % width
     v_f, v_r = _load_pair(weight, unit, width, inside)
     b_f, b_r = _load_pair(bias, unit, width, inside)
     kept = tl.load(mask + column, mask=inside)
     c = tl.load(c0 + column, mask=inside)
     tl.store(states + column, c, mask=inside)
-    for t in range(steps):
-        at = t * columns.to(tl.int64)
-        u_at = u + 3 * (at + stream * width) + unit
+    at = column
+    for _ in range(steps):
+        u_at = u + 3 * at - 2 * unit  # rows of u are three times as long, and begin with u0
         u0 = tl.load(u_at, mask=inside).to(c.dtype)
         u1 = tl.load(u_at + width, mask=inside).to(c.dtype)
         u2 = tl.load(u_at + 2 * width, mask=inside).to(c.dtype)
-        x_t = tl.load(x + at + column, mask=inside).to(c.dtype)
+        x_t = tl.load(x + at, mask=inside).to(c.dtype)
         f = 1 / (1 + tl.exp(-(u1 + v_f * c + b_f)))
         r = 1 / (1 + tl.exp(-(u2 + v_r * c + b_r)))
         c = u0 + (c - u0) * f
-        tl.store(states + at + columns + column, c, mask=inside)
-        tl.store(o + at + column, x_t + (c - x_t) * kept * r, mask=inside)
+        tl.store(o + at, x_t + (c - x_t) * kept * r, mask=inside)
+        at += columns
+        tl.store(states + at, c, mask=inside)
 
 
 def sru_forward(u, x, weight, bias, c0, mask):
@@ -77,37 +82,36 @@ def sru_forward(u, x, weight, bias, c0, mask):
 @triton.jit
 def _sru_backward(
     u, x, weight, bias, mask, states, of_o, of_last,
-    of_u, of_x, of_c0, of_parameters, steps, columns, width, BLOCK: tl.constexpr,
+    of_u, of_x, of_c0, of_parameters, steps, columns, width, last, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    stream, unit = column // width, column % width
+    unit = column % width
     v_f, v_r = _load_pair(weight, unit, width, inside)
     b_f, b_r = _load_pair(bias, unit, width, inside)
     kept = tl.load(mask + column, mask=inside)
     of_c = tl.load(of_last + column, mask=inside)  # what the steps that follow ask of the state
-    c = tl.load(states + steps * columns.to(tl.int64) + column, mask=inside)
+    at = last + column
+    c = tl.load(states + at + columns, mask=inside)
     of_v_f = tl.zeros_like(c)
     of_v_r = tl.zeros_like(c)
     of_b_f = tl.zeros_like(c)
     of_b_r = tl.zeros_like(c)
-    for step in range(steps):
-        t = steps - 1 - step
-        at = t * columns.to(tl.int64)
-        before = tl.load(states + at + column, mask=inside)
-        from_u = 3 * (at + stream * width) + unit
+    for _ in range(steps):
+        before = tl.load(states + at, mask=inside)
+        from_u = 3 * at - 2 * unit
         u0 = tl.load(u + from_u, mask=inside).to(c.dtype)
         u1 = tl.load(u + from_u + width, mask=inside).to(c.dtype)
         u2 = tl.load(u + from_u + 2 * width, mask=inside).to(c.dtype)
-        x_t = tl.load(x + at + column, mask=inside).to(c.dtype)
-        of_o_t = tl.load(of_o + at + column, mask=inside).to(c.dtype)
+        x_t = tl.load(x + at, mask=inside).to(c.dtype)
+        of_o_t = tl.load(of_o + at, mask=inside).to(c.dtype)
         f = 1 / (1 + tl.exp(-(u1 + v_f * before + b_f)))
         r = 1 / (1 + tl.exp(-(u2 + v_r * before + b_r)))
         through_c = of_o_t * kept * r
         of_c += through_c
         of_f = of_c * (before - u0) * f * (1 - f)
         of_r = of_o_t * kept * (c - x_t) * r * (1 - r)
-        tl.store(of_x + at + column, of_o_t - through_c, mask=inside)
+        tl.store(of_x + at, of_o_t - through_c, mask=inside)
         tl.store(of_u + from_u, of_c * (1 - f), mask=inside)
         tl.store(of_u + from_u + width, of_f, mask=inside)
         tl.store(of_u + from_u + 2 * width, of_r, mask=inside)
@@ -117,6 +121,7 @@ def _sru_backward(
         of_b_r += of_r
         of_c = of_c * f + of_f * v_f + of_r * v_r
         c = before
+        at -= columns
     tl.store(of_c0 + column, of_c, mask=inside)
     tl.store(of_parameters + column, of_v_f, mask=inside)
     tl.store(of_parameters + columns + column, of_v_r, mask=inside)
@@ -129,7 +134,8 @@ def sru_backward(u, x, weight, bias, mask, states, of_o, of_last):
     of_o, of_last = of_o.contiguous(), of_last.contiguous()
     of_u, of_x, of_c0 = torch.empty_like(u), torch.empty_like(x), torch.empty_like(of_last)
     of_parameters = of_c0.new_empty(4, *of_c0.shape)  # of each stream
-    sizes = len(u), of_c0.numel(), of_c0.size(-1)
+    steps, columns, width = len(u), of_c0.numel(), of_c0.size(-1)
+    sizes = steps, columns, width, _last_row(steps, columns)
     grid = (triton.cdiv(of_c0.numel(), BLOCK),)
     with torch.cuda.device_of(u):
         _sru_backward[grid](

@@ -172,12 +172,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fairseq_sha.ops import triton_kernels
 HALVES = "u", "x", "o", "of_o", "of_u", "of_x"
-for name, constants in (("_scan", {"REVERSE": True}), ("_sru_forward", {}), ("_sru_backward", {})):
-    kernel, constants = getattr(triton_kernels, name), {"BLOCK": 128, **constants}
-    for state, half in (("*fp32", "*fp16"), ("*fp32", "*bf16"), ("*fp64", "*fp64")):
-        signature = {}
+NUMBERS = "steps", "columns", "width", "first", "stride", "last"
+for name in ("_scan", "_sru_forward", "_sru_backward"):
+    kernel = getattr(triton_kernels, name)
+    ones = {number: 1 for number in NUMBERS if number in kernel.arg_names}
+    for state, half, constants in (
+        ("*fp32", "*fp16", {}),
+        ("*fp32", "*bf16", {}),
+        ("*fp64", "*fp64", {}),
+        ("*fp32", "*fp32", ones),  # which Triton takes for constants
+    ):
+        constants, signature = {"BLOCK": 128, **constants}, {}
         for argument in kernel.arg_names:
-            is_number = argument in ("steps", "columns", "width")
+            is_number = argument in NUMBERS
             signature[argument] = "i32" if is_number else half if argument in HALVES else state
         signature.update(dict.fromkeys(constants, "constexpr"))
         source = ASTSource(kernel, signature, constexprs=constants)
