@@ -181,8 +181,8 @@ def test_report_sums_up(finished):
     assert "The budget was 100 updates of training." in table
     everything = json.loads((out / "results.json").read_text())
     assert everything["command"].endswith(shlex.join(map(str, options)))
-    assert torch.__version__.startswith(everything["machine"]["torch"])
-    assert everything["machine"]["omp_num_threads"] == "1"
+    assert torch.__version__.startswith(found["machine"]["torch"])
+    assert found["machine"]["omp_num_threads"] == "1"
     assert everything["runs"] == [found]
     assert everything["not_finished"] == ["bad seed 1"]
 
@@ -416,14 +416,14 @@ def test_log_of_a_resumed_run():
     assert logs.read_training("\n".join(lines[:1])) is None
 
 
-def made_up(model, seed, test, points=((10, 4.0), (20, 3.0))):
+def made_up(model, seed, test, points=((10, 4.0), (20, 3.0)), cpu="fast"):
     evaluation = {"bits": test, "tokens": 832, "tokens_per_second": 1000.0}
     curve = [{"update": u, "bytes": u, "seconds": u / seed, "bits": b} for u, b in points]
     numbers = dict(parameters=5, updates=20, bytes=2000, training_seconds=1.0, peak_memory_mb=seed)
     return {
         **{"model": model, "seed": seed, "training_tokens_per_second": 500.0 * seed, **numbers},
         **{"valid": {**evaluation, "bits": test + 1}, "test": evaluation},
-        **{"train_curve": curve, "valid_curve": curve[-1:]},
+        **{"train_curve": curve, "valid_curve": curve[-1:], "machine": {"cpu": cpu}},
     }
 
 
@@ -435,7 +435,16 @@ def test_table_has_means_and_spreads_and_the_best_first():
     lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
     assert lines[2] == "| b | 5 | 3.200 ± 0.200 | 2.200 ± 0.200 | 1,000 | 1,000 | 3 | 2,000 | 1 |"
     assert lines[3] == "| c | 5 | 3.300 | 2.300 | 500 | 1,000 | 1 | 2,000 | 1 |"
-    assert "mean over seeds ± half of their range (seeds: b 3, c 1, a 1, nan 1)" in lines[-3]
+    assert "mean over seeds ± half of their range (seeds: b 3, c 1, a 1, nan 1)" in lines[-4]
+    assert lines[-1] == "Speed, seconds and memory were measured on fast: b, c, a, nan."
+
+
+def test_times_of_two_machines_are_not_put_together():
+    results = [made_up("a", 1, 2.0), made_up("a", 2, 3.0, cpu="slow"), made_up("b", 1, 2.5)]
+    rows = summary.summarise(results)
+    lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
+    assert lines[2] == "| a | 5 | 3.500 ± 0.500 | 2.500 ± 0.500 | 500 | 1,000 | 1 | 2,000 | 1 |"
+    assert lines[-1].endswith("another seed ran on another, for as many updates: a.")
 
 
 def test_curves_are_means_over_seeds():

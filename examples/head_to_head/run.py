@@ -366,6 +366,8 @@ def run(args, model, seed, updates, title):
                 command, split_log, title, f"evaluating on {split}".format, logs.read_evaluation
             )
     result = result_of(folder, model.name, seed, updates)
+    # Jobs of a launcher ran who knows where.
+    result["machine"] = None if args.launcher else machine()
     write_json(folder / "result.json", result)
     for path in (folder / "checkpoints").glob("*.pt"):
         if path.name != "checkpoint_last.pt":
@@ -469,7 +471,6 @@ def report(args, runs, settings):
     rows = summary.summarise(results)
     everything = {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
         "settings": common,
         "not_finished": missing,
         "models": rows,
@@ -485,7 +486,7 @@ def report(args, runs, settings):
 
 
 def machine():
-    """What the results were measured on and with."""
+    """What a run was measured on and with."""
     names = re.findall(r"^model name\s*:\s*(.+)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
     versions = {}
     for name in ("torch", "fairseq", "ve-fairseq", "numpy"):

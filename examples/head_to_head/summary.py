@@ -24,7 +24,8 @@ def write_json(path, content):
 
 
 def summarise(results):
-    """One entry a model, the best on test first: means over seeds and half the range of bits.
+    """One entry a model, the best on test first: means over seeds and half the range of bits; of
+    speed, time and memory over those seeds only that ran on the machine of the first.
 
     results: of finished runs, as ``run.py`` writes them
     """
@@ -41,15 +42,26 @@ def summarise(results):
                 "half_range": (max(values) - min(values)) / 2,
                 "tokens": runs[0][split]["tokens"],
             }
-        row["evaluation_tokens_per_second"] = mean(run["test"]["tokens_per_second"] for run in runs)
-        for key in ("training_tokens_per_second", "training_seconds", "bytes", "updates"):
+        for key in ("bytes", "updates"):
             row[key] = mean(run[key] for run in runs)
-        peaks = [run["peak_memory_mb"] for run in runs if run["peak_memory_mb"] is not None]
+        row["all_timed"] = len(timed(runs)) == len(runs)
+        row["machine"] = runs[0]["machine"]
+        row["evaluation_tokens_per_second"] = mean(
+            run["test"]["tokens_per_second"] for run in timed(runs)
+        )
+        for key in ("training_tokens_per_second", "training_seconds"):
+            row[key] = mean(run[key] for run in timed(runs))
+        peaks = [run["peak_memory_mb"] for run in timed(runs) if run["peak_memory_mb"] is not None]
         row["peak_memory_mb"] = max(peaks, default=None)
         row["parameters"] = runs[0]["parameters"]
         rows.append(row)
     # A diverged model has nan for a score and comes last.
     return sorted(rows, key=lambda row: (row["test"]["bits"] != row["test"]["bits"], score(row)))
+
+
+def timed(runs):
+    """Those runs of a model whose times can be put together: on the machine of the first."""
+    return [run for run in runs if run["machine"] == runs[0]["machine"]]
 
 
 def score(row):
@@ -85,17 +97,34 @@ def table(rows, settings, missing):
     if any(len(row["seeds"]) > 1 for row in rows):
         seeds = ", ".join(f"{row['model']} {len(row['seeds'])}" for row in rows)
         lines += [f"Bits: mean over seeds ± half of their range (seeds: {seeds})."]
-    counts = {}
-    for row in rows:
-        counts.setdefault(f"{row['test']['tokens']:,}", []).append(row["model"])
+    counts = grouped(rows, lambda row: f"{row['test']['tokens']:,}")
     scored = "; ".join(f"{count} ({', '.join(names)})" for count, names in counts.items())
     lines += [
         f"Bytes of test that were scored: {scored}.",
         "Memory is that of the training process in main memory.",
+        *(
+            f"Speed, seconds and memory were measured on {cpu}: {', '.join(names)}."
+            for cpu, names in grouped(rows, lambda row: (row["machine"] or {}).get("cpu")).items()
+            if cpu is not None
+        ),
     ]
+    elsewhere = [row["model"] for row in rows if not row["all_timed"]]
+    if elsewhere:
+        lines += [
+            "They are those of the first seed and others on its machine; another seed ran on "
+            f"another, for as many updates: {', '.join(elsewhere)}."
+        ]
     if missing:
         lines += [f"Not finished: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def grouped(rows, key):
+    """Names of models by what ``key`` says of their rows."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row["model"])
+    return groups
 
 
 def curve(runs, split, axis):
@@ -129,6 +158,7 @@ def draw(results, rows, folder):
         low, high = [], []
         for row in rows:
             runs = [result for result in results if result["model"] == row["model"]]
+            runs = timed(runs) if axis == "seconds" else runs
             x, y = curve(runs, "train_curve", axis)
             y = smooth(y)
             text = f"{row['model']}: {row['test']['bits']:.3f}"
