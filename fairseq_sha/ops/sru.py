@@ -23,7 +23,8 @@ def sru(u, x, weight, bias, c0, mask=None):
         weight (Tensor): v_f and v_r, ``[2, D]``
         bias (Tensor): b_f and b_r, ``[2, D]``
         c0 (Tensor): the state before the first step, ``[B, D]``
-        mask (Tensor): a dropout mask for the whole segment, ``[B, D]``, or None
+        mask (Tensor): a dropout mask for the whole segment, ``[B, D]``, which gets no gradient, or
+            None
 
     Returns:
         o ``[T, B, D]``, of the type of ``x``, and the last c ``[B, D]``, of the state's type

@@ -13,7 +13,8 @@ from fairseq_sha.models.adaptive_span import (
     AdaptiveSpanEnwik8LargeConfig,
 )
 from tests.conftest import dictionary_of, golden_cases
-from tests.models import golden
+from tests.models import golden, helpers
+from tests.models.helpers import check_cuts, check_one_token_at_a_time
 
 CASES = golden_cases("adaptive_span")
 FAMILY = FAMILIES["adaptive_span"]
@@ -26,11 +27,9 @@ def decoder(vocabulary=29, **fields):
 
 
 def randomise(model):
-    for name, parameter in model.named_parameters():
-        if name.endswith("span"):
-            torch.nn.init.uniform_(parameter)
-        else:
-            torch.nn.init.normal_(parameter, std=0.3)
+    helpers.randomise(model)
+    for layer in model.layers:
+        torch.nn.init.uniform_(layer.attention.span)
     return model
 
 
@@ -149,27 +148,11 @@ def test_attention_equals_the_equations(span):
 
 
 def test_one_token_at_a_time_equals_the_segment_pass():
-    model = randomise(decoder()).eval()
-    tokens = torch.randint(29, (3, 30))  # longer than the span
-    expected, _ = model(tokens)
-    state = {}
-    for t in range(30):
-        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
-        torch.testing.assert_close(logits[:, 0], expected[:, t])
+    check_one_token_at_a_time(randomise(decoder()).eval(), 30)  # longer than the span
 
 
 def test_cutting_otherwise_changes_nothing():
-    model = randomise(decoder()).eval()
-    tokens = torch.randint(29, (2, 61))
-
-    def logits(lengths):
-        pieces = golden.segments(tokens, lengths)
-        outputs = [model(x, segment=f"valid:1:{i}")[0] for i, (x, _) in enumerate(pieces)]
-        model.carried._kept.clear()
-        return torch.cat(outputs, 1)
-
-    torch.testing.assert_close(logits([7, 13, 40]), logits([60]))
-    torch.testing.assert_close(logits([1] * 60), logits([60]))
+    check_cuts(randomise(decoder()).eval(), [60], [7, 13, 40], [1] * 60)
 
 
 def test_position_does_not_attend_to_itself_nor_beyond_its_span():

@@ -13,7 +13,7 @@ from fairseq_sha.models.min_rnn import (
     MinRNNDecoder,
 )
 from tests.conftest import dictionary_of
-from tests.models import golden
+from tests.models.helpers import check_cuts, check_one_token_at_a_time
 
 
 def decoder(**fields):
@@ -27,27 +27,12 @@ VARIANTS = [dict(cell=cell, conv_width=size) for cell in ("min_gru", "min_lstm")
 
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_one_token_at_a_time_equals_the_segment_pass(fields):
-    model = decoder(**fields).eval()
-    tokens = torch.randint(29, (3, 20))
-    expected, _ = model(tokens)
-    state = {}
-    for t in range(20):
-        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
-        torch.testing.assert_close(logits[:, 0], expected[:, t], atol=1e-4, rtol=1e-4)
+    check_one_token_at_a_time(decoder(**fields).eval(), 20, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_cutting_otherwise_changes_nothing(fields):
-    model = decoder(**fields).eval()
-    tokens = torch.randint(29, (2, 25))
-
-    def logits(lengths):
-        pieces = golden.segments(tokens, lengths)
-        outputs = [model(x, segment=f"valid:1:{i}")[0] for i, (x, _) in enumerate(pieces)]
-        model.carried._kept.clear()
-        return torch.cat(outputs, 1)
-
-    torch.testing.assert_close(logits([7, 1, 2, 14]), logits([24]), atol=1e-4, rtol=1e-4)
+    check_cuts(decoder(**fields).eval(), [24], [7, 1, 2, 14], atol=1e-4, rtol=1e-4)
 
 
 def test_convolution_sees_itself_and_what_came_before():

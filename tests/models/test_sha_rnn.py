@@ -15,6 +15,7 @@ from fairseq_sha.models.sha_rnn import (
 )
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
+from tests.models.helpers import check_one_token_at_a_time, randomise
 
 CASES = golden_cases("sha_rnn")
 FAMILY = FAMILIES["sha_rnn"]
@@ -27,12 +28,6 @@ def config(**fields):
 def decoder(vocabulary=29, **fields):
     small = dict(width=24, window=14, dropout_input=0, dropout_hidden=0, dropout_output=0)
     return SHARNNDecoder(config(**{**small, **fields}), dictionary_of(vocabulary))
-
-
-def randomise(module):
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module
 
 
 def golden_decoder(case):
@@ -104,12 +99,7 @@ def test_collapsing_changes_no_output():
 @pytest.mark.parametrize("cell", ["lstm", "layer_norm_lstm", "sru", "min_gru", "min_lstm"])
 def test_one_token_at_a_time_equals_the_segment_pass(cell):
     model = randomise(decoder(attention_layers=[1, 2], window=20, cell=cell)).eval()
-    tokens = torch.randint(29, (3, 20))
-    expected, _ = model(tokens)
-    state = {}
-    for t in range(20):
-        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
-        torch.testing.assert_close(logits[:, 0], expected[:, t])
+    check_one_token_at_a_time(model, 20)
 
 
 def test_generation_follows_the_order_of_beams():

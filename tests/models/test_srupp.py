@@ -14,6 +14,7 @@ from fairseq_sha.models.srupp import (
 )
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
+from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
 
 CASES = golden_cases("srupp")
 FAMILY = FAMILIES["srupp"]
@@ -23,12 +24,6 @@ def decoder(vocabulary=29, **fields):
     small = dict(width=24, projection=12, num_layers=3, n_head=2, eval_unroll=9, dropout=0)
     cfg = OmegaConf.structured(SRUppConfig(**{**small, "dropatt": 0, **fields}))
     return SRUppDecoder(cfg, dictionary_of(vocabulary))
-
-
-def randomise(module):
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module
 
 
 def golden_decoder(case):
@@ -78,26 +73,11 @@ def test_parameter_counts_of_the_paper(cfg, millions):
 
 def test_one_token_at_a_time_equals_the_segment_pass():
     model = randomise(decoder(attn_every_n_layers=2)).eval()
-    tokens = torch.randint(29, (3, 20))  # longer than eval_unroll
-    expected, _ = model(tokens)
-    state = {}
-    for t in range(20):
-        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
-        torch.testing.assert_close(logits[:, 0], expected[:, t])
+    check_one_token_at_a_time(model, 20)  # longer than eval_unroll
 
 
 def test_cutting_an_evaluation_otherwise_changes_nothing():
-    model = randomise(decoder()).eval()
-    tokens = torch.randint(29, (2, 31))
-
-    def logits(lengths):
-        pieces = golden.segments(tokens, lengths)
-        outputs = [model(x, segment=f"valid:1:{i}")[0] for i, (x, _) in enumerate(pieces)]
-        model.carried._kept.clear()
-        return torch.cat(outputs, 1)
-
-    torch.testing.assert_close(logits([9, 9, 9, 3]), logits([30]))
-    torch.testing.assert_close(logits([4, 13, 13]), logits([30]))
+    check_cuts(randomise(decoder()).eval(), [30], [9, 9, 9, 3], [4, 13, 13])
 
 
 def test_memory_is_the_segment_before_in_training_and_bounded_in_evaluation():

@@ -15,6 +15,7 @@ from fairseq_sha.models.transformer_xl import (
 )
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
+from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
 
 CASES = golden_cases("transformer_xl")
 FAMILY = FAMILIES["transformer_xl"]
@@ -24,12 +25,6 @@ def decoder(vocabulary=29, **fields):
     small = dict(width=16, num_layers=2, n_head=2, d_inner=40, mem_len=9, dropout=0)
     cfg = OmegaConf.structured(TransformerXLConfig(**{**small, **fields}))
     return TransformerXLDecoder(cfg, dictionary_of(vocabulary))
-
-
-def randomise(module):
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,28 +111,13 @@ def test_equals_the_equations(fields):
 
 
 def test_one_token_at_a_time_equals_the_segment_pass():
-    model = randomise(decoder(mem_len=20)).eval()
-    tokens = torch.randint(29, (3, 20))
-    expected, _ = model(tokens)
-    state = {}
-    for t in range(20):
-        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
-        torch.testing.assert_close(logits[:, 0], expected[:, t])
+    check_one_token_at_a_time(randomise(decoder(mem_len=20)).eval(), 20)
 
 
 def test_cutting_otherwise_changes_nothing_when_every_query_sees_as_much():
     """With same_length, what a position sees does not depend on where segments begin."""
     model = randomise(decoder(mem_len=6, same_length=True)).eval()
-    tokens = torch.randint(29, (2, 24))
-
-    def logits(lengths):
-        pieces = golden.segments(torch.cat([tokens, tokens[:, :1]], 1), lengths)
-        outputs = [model(x, segment=f"valid:1:{i}")[0] for i, (x, _) in enumerate(pieces)]
-        model.carried._kept.clear()
-        return torch.cat(outputs, 1)
-
-    torch.testing.assert_close(logits([5] * 4 + [4]), logits([1] * 24))
-    torch.testing.assert_close(logits([7, 9, 8]), logits([24]))
+    check_cuts(model, [24], [7, 9, 8], [5, 5, 5, 5, 4], [1] * 24)
 
 
 @pytest.mark.parametrize("mem_len", [0, 1, 10])
