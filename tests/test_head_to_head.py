@@ -83,6 +83,8 @@ def start(*options):
         stderr=subprocess.PIPE,
         universal_newlines=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
