@@ -1,6 +1,9 @@
 """Every recipe names things that exist: a mistyped field would otherwise cost a user a run."""
 
+import importlib.util
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
@@ -11,8 +14,12 @@ from fairseq.optim.lr_scheduler import LR_SCHEDULER_DATACLASS_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
-CONFIGS = sorted((Path(__file__).parent.parent / "examples").glob("*/*.yaml"))
-EVALUATIONS = sorted((Path(__file__).parent.parent / "examples").glob("*/evaluation/*.yaml"))
+from tests.conftest import dictionary_of
+from tests.models.helpers import VOCABULARY, check_cuts, check_one_token_at_a_time
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "examples").glob("*/*.yaml"))
+EVALUATIONS = sorted((ROOT / "examples").glob("*/evaluation/*.yaml"))
 REGISTRIES = {
     "model": MODEL_DATACLASS_REGISTRY,
     "task": TASK_DATACLASS_REGISTRY,
@@ -98,3 +105,18 @@ def test_published_recipe(path):
     auxiliary = "_with_auxiliary_losses" * path.stem.startswith("adaptive_span")
     assert recipe["criterion"] == {"_name": "cross_entropy" + auxiliary}
     assert recipe["distributed_training"] == {"distributed_world_size": 1}
+
+
+def test_model_of_the_readme_carries_its_state(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = [block for block in blocks if "@register_model" in block]
+    path = tmp_path / "my_model.py"
+    path.write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("my_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    task = SimpleNamespace(source_dictionary=dictionary_of(VOCABULARY))
+    model = module.MyModel.build_model(OmegaConf.structured(module.MyConfig()), task)
+    check_one_token_at_a_time(model.decoder.eval(), 9)
+    check_cuts(model.decoder, [12], [5, 1, 6])

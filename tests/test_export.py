@@ -73,9 +73,10 @@ def test_exported_model_gives_the_same_logits(checkpoints, tmp_path, family, len
         np.testing.assert_allclose(exported, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_example_generates_the_same_text_without_torch(checkpoints, tmp_path):
+@pytest.mark.parametrize("int8", [False, True])
+def test_example_generates_the_same_text_without_torch(checkpoints, tmp_path, int8):
     path = str(checkpoints["SHARNN"])
-    export.main(["--path", path, "--save", str(tmp_path / "model.onnx")])
+    export.main(["--path", path, "--save", str(tmp_path / "model.onnx"), *["--int8"] * int8])
     code = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]\n"
     code += "exec(open(sys.argv[0]).read())"
     script = str(REPOSITORY / "examples" / "onnx" / "generate.py")
@@ -86,7 +87,10 @@ def test_example_generates_the_same_text_without_torch(checkpoints, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     model = TrainedModel.load(path, cpu=True)
-    assert done.stdout == b"abc\nd" + model.continuation(b"abc\nd", 50, beam=1)
+    expected = b"abc\nd" + model.continuation(b"abc\nd", 50, beam=1)
+    # Rounded weights choose another byte sooner or later.
+    assert done.stdout.startswith(b"abc\nd" if int8 else expected)
+    assert len(done.stdout) == len(expected)
 
 
 @pytest.mark.parametrize("length", [1, 6])

@@ -18,7 +18,8 @@ parser.add_argument("--temperature", type=float, default=1.0, help="0: the likel
 args = parser.parse_args()
 
 session = onnxruntime.InferenceSession(args.model)
-about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+metadata = session.get_modelmeta().custom_metadata_map  # quantisation adds some that are not JSON
+about = {key: json.loads(metadata[key]) for key in ("bytes", "start", "state")}
 byte_of, token = about["bytes"], about["start"]
 state = {
     name: np.zeros([shape[0], 1, *shape[2:]], np.float32) for name, shape in about["state"].items()
