@@ -21,7 +21,7 @@ from fairseq_sha.modules import (
     MinLSTM,
     SingleHeadAttention,
 )
-from fairseq_sha.ops import dropout
+from fairseq_sha.ops import dropout, last_rows
 
 CELLS = {
     "lstm": LSTM,
@@ -122,24 +122,19 @@ class SHARNNLayer(nn.Module):
         h, left = self.cell(self.norm_start(h), state)
         h = dropout(h, self.p, self.training)
         if self.attention is not None:
-            visible, left["memory"] = self.extend(state.get("memory"), self.norm_memory(h))
+            rows, memory = self.norm_memory(h), state["memory"] if state else h[:0].detach()
+            left["memory"] = last_rows(memory, rows, self.window)
             h = self.norm_mid(h)
-            h = h + self.attention(h, visible)
+            h = h + self.attention(h, rows, self.visible(memory, len(rows)))
         boomed = self.boom(self.norm_boom(h))
         return self.norm_residual(h) + dropout(boomed, self.p, self.training), left
 
-    def extend(self, memory, segment):
-        """The rows that the segment's positions see, and those that the next segment will find.
-
-        The memory gives up its oldest rows for the segment to fit into the window. The window does
-        not slide within a segment.
-        """
-        rows = segment
-        if memory is not None:
-            room = max(self.window - len(segment), 0)
-            # Sizes may be unknown, while a model is exported: hence sym_max for max, and not len.
-            rows = torch.cat([memory[torch.sym_max(memory.size(0) - room, 0) :], segment])
-        return rows, rows[torch.sym_max(rows.size(0) - self.window, 0) :]
+    def visible(self, memory, length):
+        """What is left of the memory for a segment of that length to fit into the window beside it:
+        the last rows. The window does not slide within a segment."""
+        room = max(self.window - length, 0)
+        # Sizes may be unknown, while a model is exported: hence sym_max for max.
+        return memory[torch.sym_max(memory.size(0) - room, 0) :]
 
 
 class SHARNNDecoder(SegmentDecoder):

@@ -34,20 +34,21 @@ class SingleHeadAttention(nn.Module):
         else:
             self.value_gate = nn.Parameter(torch.zeros(width))
 
-    def forward(self, h, memory):
+    def forward(self, h, rows, memory):
         """
         Args:
             h (Tensor): ``[T, B, H]``
-            memory (Tensor): rows to attend to, ``[M + T, B, H]``, the segment's own ones last
+            rows (Tensor): the segment's own rows, ``[T, B, H]``, of which position t sees 0 to t
+            memory (Tensor): rows that come before, without gradient, ``[M, B, H]``
 
         Returns:
             Tensor ``[T, B, H]``, to be added to ``h``
         """
         queries = torch.sigmoid(self.query_gate) * self.query_norm(self.query(h))
         queries = dropout(queries, self.p, self.training) * torch.sigmoid(self.key_gate)
-        values = dropout(memory, self.p, self.training)
+        values, remembered = (dropout(x, self.p, self.training) for x in (rows, memory))
         p = self.p if self.training else 0.0
-        mix = attend(queries, memory, values, causal(queries, memory), p)
+        mix = attend(queries, rows, values, causal(queries, rows), p, (memory, remembered))
         if isinstance(self.value_gate, OverparameterisedVector):
             value_gate = self.value_gate()
         else:

@@ -14,7 +14,7 @@ MAX_SCORES = 2**27
 WIDEST_FUSED = 256  # width of a head
 
 
-def attend(queries, keys, values, bias, p=0.0):
+def attend(queries, keys, values, bias, p=0.0, memory=None):
     """``dropout(softmax(q k^T / sqrt(d) + bias)) v``, the weights not renormalised.
 
     Args:
@@ -23,23 +23,31 @@ def attend(queries, keys, values, bias, p=0.0):
         bias (Tensor): ``[T, K]`` or ``[N, T, K]``, such as :func:`causal` gives; minus infinity
             where a position must not look
         p (float): dropout on the attention weights
+        memory (pair of Tensor): keys and values that come before these and that all positions
+            see, ``[M, N, d]``; given apart, they cost no gradient
 
     Returns:
         Tensor ``[T, N, d]``
     """
     if not prefers_products(queries):
+        if memory is not None:
+            bias = F.pad(bias, (memory[0].size(0), 0))
+            keys, values = (torch.cat(rows) for rows in zip(memory, (keys, values)))
         return attend_fused(queries, keys, values, bias, p)
+    memory = memory or ()
+    rows = len(keys) + sum(map(len, memory[:1]))
     limit = MAX_SCORES_ON_CPU if queries.device.type == "cpu" else MAX_SCORES
-    some = max(1, limit // (len(queries) * len(keys)))
+    some = max(1, limit // (len(queries) * rows))
     if queries.size(1) <= some:
-        return attend_reference(queries, keys, values, bias, p)
+        return attend_reference(queries, keys, values, bias, p, memory)
     # Some heads at a time, whose scores are computed anew for their gradient: those of all would
     # fill the memory.
-    queries, keys, values = (x.split(some, 1) for x in (queries, keys, values))
+    queries, keys, values, *memory = (x.split(some, 1) for x in (queries, keys, values, *memory))
     biases = [bias] * len(queries) if bias.dim() == 2 else bias.split(some)
+    memory = [*zip(*memory)] or [()] * len(queries)
     pieces = [
-        checkpoint(attend_reference, *inputs, p, use_reentrant=False)
-        for inputs in zip(queries, keys, values, biases)
+        checkpoint(attend_reference, *inputs, p, old, use_reentrant=False)
+        for *inputs, old in zip(queries, keys, values, biases, memory)
     ]
     return torch.cat(pieces, 1)
 
@@ -66,13 +74,20 @@ def attend_fused(queries, keys, values, bias, p=0.0):
     return mixed.squeeze(1).transpose(0, 1)
 
 
-def attend_reference(queries, keys, values, bias, p=0.0):
+def attend_reference(queries, keys, values, bias, p=0.0, memory=()):
     """:func:`attend`, written out."""
-    queries, keys, values = (x.transpose(0, 1) for x in (queries, keys, values))
-    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=queries.size(-1) ** -0.5)
+    queries, keys, values, *memory = (x.transpose(0, 1) for x in (queries, keys, values, *memory))
+    queries = queries * queries.size(-1) ** -0.5
+    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2))
+    if memory:
+        old_keys, old_values = memory
+        scores = torch.cat([torch.bmm(queries, old_keys.transpose(1, 2)), scores], -1)
     # Named, or mixed precision would take float32, which the product with the values undoes.
-    weights = scores.softmax(-1, dtype=scores.dtype)
-    return torch.bmm(dropout(weights, p), values).transpose(0, 1)
+    weights = dropout(scores.softmax(-1, dtype=scores.dtype), p)
+    if not memory:
+        return torch.bmm(weights, values).transpose(0, 1)
+    of_old, of_own = weights.split([old_keys.size(1), keys.size(1)], -1)
+    return torch.baddbmm(torch.bmm(of_old, old_values), of_own, values).transpose(0, 1)
 
 
 def causal(queries, keys, same_length=None):

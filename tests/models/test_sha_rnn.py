@@ -15,7 +15,7 @@ from fairseq_sha.models.sha_rnn import (
 )
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
-from tests.models.helpers import check_one_token_at_a_time, randomise
+from tests.models.helpers import VOCABULARY, check_one_token_at_a_time, randomise
 
 CASES = golden_cases("sha_rnn")
 FAMILY = FAMILIES["sha_rnn"]
@@ -162,6 +162,40 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 
 
+def test_starts_as_the_published_code_does():
+    """Layer norms drawn like linear weights would make training stall."""
+    width = 256
+    model = SHARNNDecoder(config(width=width, attention_layers=[1]), dictionary_of(VOCABULARY))
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all() and (module.bias == 0).all() and module.eps == 1e-12
+        elif isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            assert module.weight.std().item() == pytest.approx(0.1 / width**0.5, rel=0.05)
+            assert abs(module.weight.mean().item()) < 1e-3
+            assert getattr(module, "bias", None) is None or (module.bias == 0).all()
+        elif isinstance(module, torch.nn.LSTM):
+            for parameter in module.parameters():
+                assert 0.9 < parameter.abs().max() * width**0.5 <= 1
+    head = model.layers[1].attention
+    for gate in (head.query_gate, head.key_gate, head.value_gate.seed, model.output_bias):
+        assert (gate == 0).all()
+
+
+def test_memory_costs_no_gradient():
+    """What backward computes for rows of the memory would be thrown away."""
+    model = decoder(num_layers=1, attention_layers=[0], window=40)
+    for i in range(2):
+        model(torch.randint(29, (2, 8)), segment=f"train:1:{i}")
+    shapes = []
+
+    def record(module, inputs, output):
+        shapes.extend(tuple(x.shape) for x in inputs if x.requires_grad)
+
+    model.layers[0].attention.register_forward_hook(record)
+    model(torch.randint(29, (2, 8)), segment="train:1:2")
+    assert shapes == [(8, 2, 24)] * 2  # not the memory's 16 rows
+
+
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
     """Which tensors are dropped, and with which probability, in the order of computation."""
     length, streams, width, memory = 5, 2, 24, 9
@@ -176,10 +210,11 @@ def test_dropout_falls_where_the_paper_has_it(monkeypatch):
         monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
     monkeypatch.setattr("fairseq_sha.modules.single_head_attention.dropout", record)
 
-    narrow, rows = (length, streams, width), (memory + length, streams, width)
+    narrow, remembered = (length, streams, width), (memory, streams, width)
     boom = [((length, streams, 4, width), 0.2), (narrow, 0.2)]
     plain = [(narrow, 0.2), *boom]  # the LSTM's output, boom's wide layer, boom's output
-    attending = [(narrow, 0.2), (narrow, 0.2), (rows, 0.2)]  # LSTM's output, queries, values
+    # The LSTM's output, queries, values of the segment and of the memory, weights, the mix.
+    attending = [(narrow, 0.2), (narrow, 0.2), (narrow, 0.2), (remembered, 0.2)]
     attending += [((streams, length, memory + length), 0.2), (narrow, 0.2), *boom]
     expected = [(narrow, 0.1), *plain, *attending, (narrow, 0.3)]
 

@@ -38,7 +38,14 @@ def check_value_and_gradient(actual, expected, inputs):
     )
 
 
-FORMS = [attend, attend_fused, attend_reference]
+def apart(queries, keys, values, bias, p=0.0):
+    """:func:`attend` with what comes before the segment as its memory."""
+    old = len(keys) - len(queries)
+    memory = keys[:old], values[:old]
+    return attend(queries, keys[old:], values[old:], bias[..., old:], p, memory)
+
+
+FORMS = [attend, attend_fused, attend_reference, apart]
 
 
 @pytest.mark.parametrize("memory", [0, 1, 9])
@@ -49,7 +56,7 @@ def test_equals_the_definition_in_value_and_gradient(form, memory):
     check_value_and_gradient(actual, by_hand(*inputs), inputs)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [attend, attend_fused, attend_reference])
 def test_a_bias_of_each_head_counts(form):
     inputs = tensors(memory=4)
     bias = torch.randn(3, 5, 9, dtype=torch.double, requires_grad=True)
@@ -116,15 +123,25 @@ def test_band_moves_each_row_by_one_more(length):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("heads", [0, 1, 2])
-def test_many_scores_are_computed_in_pieces(monkeypatch, shared, heads):
+@pytest.mark.parametrize("form", [attend, apart])
+def test_many_scores_are_computed_in_pieces(monkeypatch, shared, heads, form):
     inputs = tensors(memory=4)
     bias = causal(*inputs[:2])
     if not shared:
-        bias = bias + torch.randn(3, 5, 9, dtype=torch.double)
-        inputs.append(bias.requires_grad_())
+        own = torch.randn(3, 5, 5, dtype=torch.double, requires_grad=True)
+        bias = bias + torch.nn.functional.pad(own, (4, 0))
+        inputs.append(own)
     expected = attend_reference(*inputs[:3], bias)
     monkeypatch.setattr(ATTENTION, "MAX_SCORES_ON_CPU", heads * 5 * 9)
-    check_value_and_gradient(attend(*inputs[:3], bias), expected, inputs)
+    check_value_and_gradient(form(*inputs[:3], bias), expected, inputs)
+
+
+def test_memory_is_seen_by_the_fused_form_too():
+    queries, keys, values = (x.detach() for x in tensors(memory=4))
+    bias = causal(queries, keys)
+    with torch.no_grad():
+        found = apart(queries, keys, values, bias)
+        torch.testing.assert_close(found, by_hand(queries, keys, values))
 
 
 def test_pieces_have_the_same_dropout_in_both_passes(monkeypatch):
