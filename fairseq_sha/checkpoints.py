@@ -37,6 +37,33 @@ def is_damaged(file):
     return damaged
 
 
+def checkpoint_to_start_from(cfg):
+    """The path of the checkpoint that fairseq will load before training, or None.
+
+    Args:
+        cfg: has ``save_dir``, ``restore_file``, ``continue_once`` and ``finetune_from_model``, as
+            fairseq's options
+
+    Raises:
+        UserError: it was named and does not exist; fairseq would begin from nothing, and write over
+            what is in ``save_dir``
+    """
+    last = os.path.join(cfg.save_dir, "checkpoint_last.pt")
+    if cfg.restore_file != "checkpoint_last.pt":
+        option, path = "--restore-file", cfg.restore_file
+    elif PathManager.isfile(last):
+        return last
+    elif cfg.continue_once:
+        option, path = "--continue-once", cfg.continue_once
+    else:
+        option, path = "--finetune-from-model", cfg.finetune_from_model
+    if path is not None and not PathManager.isfile(path):
+        beside = os.path.join(cfg.save_dir, path)
+        remedy = f"name {beside}" if PathManager.isfile(beside) else "name a checkpoint"
+        raise UserError(f"{option} {path}: no such file; {remedy}")
+    return path
+
+
 def replace_damaged_last_checkpoint(folder):
     """Put the newest whole checkpoint of a run in the place of a damaged ``checkpoint_last.pt``.
 

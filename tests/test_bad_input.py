@@ -113,6 +113,12 @@ DATA = {
         lambda f: (f / "train.bin").write_bytes(b"\xff" * (f / "train.bin").stat().st_size),
         "train.bin: holds tokens that .*dict.txt lacks",
     ),
+    "padding": (patch("train.bin", 800, b"\x01\0"), "holds <pad>, .* no text .*at offset 400"),
+    "unknown byte": (patch("train.bin", 900, b"\x03\0"), "holds <unk>, which stands for no text"),
+    "one foreign token": (
+        patch("train.bin", 1000, b"\xc8\0"),
+        "holds tokens that .*dict.txt lacks .token 200 at offset 500",
+    ),
     "one token": (write_tiny_split(1), "train.bin: fewer than two tokens"),
     "fewer than streams": (write_tiny_split(4), "--batch-size 4: 4 streams .* 3 predictions"),
 }
@@ -134,6 +140,28 @@ OPTIONS = {
     "save-dir": ("--save-dir {checkpoints}/text.pt", "text.pt"),
     "finetune": ("--finetune-from-model {checkpoints}/none.pt", "none.pt"),
     "finetune text": ("--finetune-from-model {checkpoints}/text.pt", "text.pt: not a checkpoint"),
+    "finetune and reset": (
+        "--finetune-from-model {checkpoints}/SHARNN.pt --reset-optimizer",
+        "fairseq: --finetune-from-model can not be set together",
+    ),
+    "restore none": ("--restore-file {checkpoints}/none.pt", "none.pt: no such file"),
+    "restore a folder": ("--restore-file {checkpoints}", "checkpoints.*: no such file"),
+    "continue once": ("--continue-once {checkpoints}/none.pt", "--continue-once .*none.pt: no su"),
+    "restore from save-dir": (
+        "--restore-file SHARNN.pt --save-dir {checkpoints}",
+        "--restore-file SHARNN.pt: no such file; name .*/SHARNN.pt",
+    ),
+    "another criterion": (
+        "--restore-file {checkpoints}/SHARNN.pt --criterion cross_entropy_with_auxiliary_losses",
+        "fairseq: Criterion does not match; please reset the optimizer",
+    ),
+    "update-freq": ("--update-freq 0", "--update-freq 0: must be at least 1"),
+    "workers": ("--num-workers -1", "--num-workers -1: must be at least 0"),
+    "metric": ("--best-checkpoint-metric acc", "-metric acc: choose one of loss"),
+    "no total": (
+        "--lr-scheduler polynomial_decay --total-num-update 0",
+        "fairseq: assert cfg.total_num_update > 0",
+    ),
     "restore text": ("--restore-file {checkpoints}/text.pt", "text.pt: not a checkpoint"),
     "restore half": ("--restore-file {checkpoints}/truncated.pt", "truncated.pt: not a checkp"),
     "restore malicious": ("--restore-file {checkpoints}/malicious.pt", "malicious.pt: not a"),
@@ -248,11 +276,46 @@ def test_data_of_another_vocabulary(good, checkpoints, tmp_path, monkeypatch):
         "trained with another dictionary, in which token 4 was",
     )
     words = f"{TRAIN} --save-dir {tmp_path}/out"
-    for option in ("--restore-file", "--finetune-from-model"):
+    for option in ("--restore-file", "--finetune-from-model", "--reset-dataloader --restore-file"):
         argv = f"{words} {option} {checkpoints / 'SHARNN.pt'}"
         check(message_of("train", folder, argv, monkeypatch), "trained with another dictionary")
     with pytest.raises(UserError, match="another dictionary"):
         SHARNN.from_pretrained(str(checkpoints), "SHARNN.pt", str(folder))
+
+
+def test_errors_of_workers_that_fairseq_starts_are_found_in_their_tracebacks():
+    class ProcessRaisedException(Exception):
+        """As torch.multiprocessing has it: another process's traceback, as text."""
+
+    traceback = """
+
+-- Process 0 terminated with the following error:
+Traceback (most recent call last):
+  File "trainer.py", line 1, in load_checkpoint
+{}: the first
+
+During handling of the above exception, another exception occurred:
+
+{}: the last
+"""
+    cases = (
+        ("ValueError", "fairseq_sha.errors.UserError", "the last"),
+        ("fairseq_sha.errors.UserError", "Exception", "the first"),
+        ("KeyError", "FileNotFoundError", "the last"),
+        ("AssertionError", "KeyError", None),
+    )
+    for first, last, expected in cases:
+        error = ProcessRaisedException(traceback.format(first, last))
+        assert errors.users_error_behind(error) == expected
+
+
+def test_errors_in_other_code_keep_their_traceback():
+    def fails():
+        raise ValueError("no demand of fairseq's")
+
+    with pytest.raises(ValueError) as caught:
+        fails()
+    assert errors.users_error_behind(caught.value) is None
 
 
 def test_corpus_shorter_than_a_segment_is_no_mistake(good, tmp_path):

@@ -82,6 +82,44 @@ def test_killed_run_repeats_the_uninterrupted_one(data, tmp_path, name, extra):
         assert torch.equal(ours[key], theirs[key]), key
 
 
+def test_run_that_is_done_stays_as_it_is(data, tmp_path):
+    options = f"{SHA_RNN} --max-update 6 --save-dir {tmp_path}"
+    first = command("fairseq-train", data, options)
+    assert first.returncode == 0, first.stdout
+    last = (tmp_path / "checkpoint_last.pt").read_bytes()
+    again = command("fairseq-train", data, options)
+    assert again.returncode == 0, again.stdout
+    assert "nothing left to train: there have been 6 updates" in again.stdout
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == last
+
+
+@pytest.mark.parametrize(
+    "extra, checkpoints",
+    [
+        # Lines of several updates, across the border of epochs.
+        ("--log-interval 4", ("checkpoint1.pt", "checkpoint_2_70.pt")),
+        # (fairseq saves the end of an epoch before this scheduler has looked at it.)
+        (
+            "--lr-scheduler reduce_lr_on_plateau --lr-shrink 0.5 --lr-threshold 100",
+            ("checkpoint_2_70.pt",),
+        ),
+    ],
+)
+def test_resumed_run_logs_the_same(data, tmp_path, extra, checkpoints):
+    options = f"{SHA_RNN} --max-update 150 --save-interval-updates 70 {extra} --save-dir"
+    whole = command("fairseq-train", data, f"{options} {tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stdout
+    losses = logged_losses(whole.stdout)
+    for name in checkpoints:
+        start = tmp_path / "whole" / name
+        resumed = command(
+            "fairseq-train", data, f"{options} {tmp_path / name} --restore-file {start}"
+        )
+        assert resumed.returncode == 0, resumed.stdout
+        again = logged_losses(resumed.stdout)
+        assert len(again) >= 10 and again == {update: losses[update] for update in again}
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 def test_optimisers_of_fairseqs_older_kind_go_on(data, tmp_path, optimizer):
     """Their settings are an object, which torch would refuse to load."""

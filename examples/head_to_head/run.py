@@ -377,7 +377,8 @@ def run(args, model, seed, updates, title):
 
 
 def is_trained(text):
-    return "done training in" in text
+    # The second, where a run was stopped between its last checkpoint and its end.
+    return "done training in" in text or "nothing left to train" in text
 
 
 def read(path):

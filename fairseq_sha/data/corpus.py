@@ -9,6 +9,8 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset, data_file_path, ind
 
 from fairseq_sha.errors import UserError
 
+TOKENS_AT_ONCE = 1 << 25  # to be looked at
+
 
 class Corpus(FairseqDataset):
     """A split: ``total_tokens`` token ids, hence ``total_tokens - 1`` predictions, memory-mapped.
@@ -47,6 +49,23 @@ class Corpus(FairseqDataset):
         if self._tokens is None:
             self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         return self._tokens
+
+    def find(self, condition):
+        """Where the first token is for which ``condition``, of arrays of token ids, holds; None if
+        there is none."""
+        for start in range(0, self.total_tokens, TOKENS_AT_ONCE):
+            # Mapped anew each time: what was read of a map counts as this process's memory.
+            tokens = np.memmap(
+                self.path,
+                dtype=self.dtype,
+                mode="r",
+                offset=start * self.dtype.itemsize,
+                shape=min(TOKENS_AT_ONCE, self.total_tokens - start),
+            )
+            found = condition(tokens)
+            if found.any():
+                return start + int(found.argmax())
+        return None
 
     def sample(self):
         """Some thousand tokens, spread evenly over all."""

@@ -75,7 +75,11 @@ class SegmentIterator(EpochBatchIterator):
         if self.saves_carried_state():
             saved = self.carried.training_state()
             if saved is not None and _streams_of(saved) not in (None, self.dataset.num_streams):
-                saved = None  # of this worker only
+                saved = None
+                logger.warning(
+                    "the checkpoint leaves out the carried state, of which this worker has a part "
+                    "only: a resumed run will start from nothing"
+                )
         elif self.carried is not None and not self.end_of_epoch():
             logger.info(
                 "the checkpoint leaves out the carried state (%.2f GB): a resumed run will start "

@@ -30,12 +30,19 @@ class CarriedState:
         self._update_goes_on = False
         self._first_of_update = None  # _Kept: where all the update's segments can be fed again
         self._gathered = None  # what training_state returns
+        #: Whether updates may be skipped because of numbers that half precision cannot hold.
+        self.may_overflow = True
 
     def begin_update(self, number):
         """Tell that the segments to come are for this update: a new one, or the same again."""
         self._update_goes_on = number == self._update
         if not self._update_goes_on:
             self._update, self._first_of_update = number, None
+            # What was read for earlier updates is not fed again: a state less in memory.
+            self._kept = {
+                key: kept._replace(before=None) if key[1] else kept
+                for key, kept in self._kept.items()
+            }
 
     def before(self, segment, training):
         """The state that a segment starts from, or None for a start from nothing.
@@ -55,7 +62,8 @@ class CarriedState:
             return kept.before
         if segment == kept.segment._replace(index=kept.segment.index + 1):
             # Fairseq goes on after an overflow under mixed precision, with the same update.
-            return _reset_overflown(kept.after) if self._update_goes_on else kept.after
+            overflown = self.may_overflow and self._update_goes_on
+            return _reset_overflown(kept.after) if overflown else kept.after
         return None
 
     def keep(self, segment, training, before, after):

@@ -5,15 +5,14 @@ from fairseq.optim import FairseqOptimizer
 
 class OwnOptionsOptimizer(FairseqOptimizer):
     """Registers a torch optimiser with fairseq; a resumed run takes its settings from its own
-    options, not from the checkpoint.
+    options, not from the checkpoint. The learning rate is the scheduler's business.
 
     A subclass gives ``optimizer_config``, the settings of the torch optimiser.
     """
 
     def load_state_dict(self, state_dict, optimizer_overrides=None):
-        super().load_state_dict(
-            state_dict, {**self.optimizer_config, **(optimizer_overrides or {})}
-        )
+        own = {key: value for key, value in self.optimizer_config.items() if key != "lr"}
+        super().load_state_dict(state_dict, {**own, **(optimizer_overrides or {})})
 
 
 class PerTensorOptimizer(OwnOptionsOptimizer):

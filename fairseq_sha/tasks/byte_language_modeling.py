@@ -25,6 +25,10 @@ class ByteLanguageModelingTask(SegmentLanguageModelingTask):
     def load_dictionary(cls, filename):
         return ByteDictionary.load(filename)
 
+    def is_no_text(self, tokens):
+        # An unknown byte would be scored as if there were a symbol for all that are unknown.
+        return super().is_no_text(tokens) | (tokens == self.dictionary.unk())
+
     def reduce_metrics(self, logging_outputs, criterion):
         super().reduce_metrics(logging_outputs, criterion)
         # fairseq's losses are base 2, and every token is a byte. nll_loss is the one without

@@ -1,13 +1,15 @@
 """What language modeling over segments with carried state needs, whatever the tokens are."""
 
+import logging
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import List, Optional
 
 import numpy as np
 import torch
 from fairseq import checkpoint_utils
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.data import (
     AppendTokenDataset,
     Dictionary,
@@ -19,19 +21,26 @@ from fairseq.data import (
     PrependTokenDataset,
 )
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
 from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask
 from omegaconf import II
 
-from fairseq_sha.checkpoints import check_symbols, replace_damaged_last_checkpoint
+from fairseq_sha.checkpoints import (
+    check_symbols,
+    checkpoint_to_start_from,
+    replace_damaged_last_checkpoint,
+)
 from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
     CrossEntropyWithAuxiliaryLosses,
 )
 from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator
 from fairseq_sha.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,12 +81,19 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     )
     seed: int = II("common.seed")
     tpu: bool = II("common.tpu")
-    train_subset: str = II("dataset.train_subset")
+    fp16: bool = II("common.fp16")
+    amp: bool = II("common.amp")
     disable_validation: bool = II("dataset.disable_validation")
+    validate_after_updates: int = II("dataset.validate_after_updates")
     max_update: int = II("optimization.max_update")
+    update_freq: List[int] = II("optimization.update_freq")
+    restore_file: str = II("checkpoint.restore_file")
+    continue_once: Optional[str] = II("checkpoint.continue_once")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    reset_dataloader: bool = II("checkpoint.reset_dataloader")
     save_dir: str = II("checkpoint.save_dir")
     save_interval_updates: int = II("checkpoint.save_interval_updates")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
 class SamplingOrForced(Sampling):
@@ -94,6 +110,7 @@ class SamplingOrForced(Sampling):
         return scores + given, symbols, beams
 
 
+METRICS = "loss", "nll_loss", "ppl", "bpc"  # that validation with these criterions gives
 MAX_CARRIED_BYTES = {"auto": 1e9, "always": math.inf, "never": 0}
 
 
@@ -144,13 +161,18 @@ class SegmentLanguageModelingTask(FairseqTask):
                 raise UserError(
                     f"--compile: torch {torch.__version__} is too old; 2.4 or newer can"
                 )
+            if min(self.cfg.update_freq) < 1:
+                raise UserError(f"--update-freq {min(self.cfg.update_freq)}: must be at least 1")
             replace_damaged_last_checkpoint(self.cfg.save_dir)
-            if self.cfg.finetune_from_model:
-                weights = checkpoint_utils.load_checkpoint_to_cpu(self.cfg.finetune_from_model)
-                self.load_state_dict(weights.get("task_state", {}))
+            path = checkpoint_to_start_from(self.cfg)
+            only_weights = path == self.cfg.finetune_from_model or self.cfg.reset_dataloader
+            if path is not None and only_weights:  # else the iterator will look at the symbols
+                weights = checkpoint_utils.load_checkpoint_to_cpu(path)
+                self.load_state_dict(weights.get("task_state") or {})
         self.model = super().build_model(cfg, from_checkpoint)
         if self.is_training:
             self.model.decoder.checkpoint_activations = self.cfg.checkpoint_activations
+            self.model.decoder.carried.may_overflow = self.cfg.fp16 or self.cfg.amp
             if self.cfg.compile:
                 self.model.decoder.compile_layers()
         return self.model
@@ -163,7 +185,26 @@ class SegmentLanguageModelingTask(FairseqTask):
                 f"--criterion {cfg._name}: would leave out this model's auxiliary losses; use "
                 "cross_entropy_with_auxiliary_losses"
             )
+        if self.is_training and isinstance(criterion, CrossEntropyCriterion):
+            metric = self.cfg.best_checkpoint_metric
+            if metric not in METRICS:  # fairseq would notice at the first validation
+                known = ", ".join(METRICS)
+                raise UserError(f"--best-checkpoint-metric {metric}: choose one of {known}")
         return criterion
+
+    def begin_epoch(self, epoch, model):
+        """fairseq's hook. A resumed run's next line of log is of what it has seen of the epoch; so
+        is therefore that of a run which comes from the epoch before."""
+        if self.train_iterator is not None and self.train_iterator.iterations_in_epoch == 0:
+            metrics.reset_meters("train_inner")
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        """fairseq's hook. fairseq looks at ``--max-update`` after an update only, so that a run
+        which is started again when it is done would make one more."""
+        if 0 < self.cfg.max_update <= update_num:
+            logger.info("nothing left to train: there have been %d updates", update_num)
+            raise SystemExit(0)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def optimizer_step(self, optimizer, model, update_num):
         """fairseq's hook. After the update, parameters are clamped to the model's bounds."""
@@ -189,8 +230,9 @@ class SegmentLanguageModelingTask(FairseqTask):
                 # Else the float32 copy would undo it at the next update.
                 if parameter in masters:
                     masters[parameter].clamp_(low, high)
-        if self.train_iterator is not None and self.cfg.disable_validation:
-            done, interval = update_num + 1, self.cfg.save_interval_updates
+        done, interval = update_num + 1, self.cfg.save_interval_updates
+        validates = not self.cfg.disable_validation and done >= self.cfg.validate_after_updates
+        if self.train_iterator is not None and not validates:
             if done == self.cfg.max_update or (interval > 0 and done % interval == 0):
                 self.train_iterator.gather_carried_state()
 
@@ -202,12 +244,20 @@ class SegmentLanguageModelingTask(FairseqTask):
 
     def load_dataset(self, split, **kwargs):
         corpus = Corpus(os.path.join(self.cfg.data, split))
-        if corpus.sample().max() >= len(self.dictionary):
+        wrong = corpus.find(self.is_no_text)
+        if wrong is not None:
+            what, token = f"tokens that {self.cfg.data}/dict.txt lacks", int(corpus.tokens[wrong])
+            if token < len(self.dictionary):
+                what = f"{self.dictionary[token]}, which stands for no text"
             raise UserError(
-                f"{corpus.path}: holds tokens that {self.cfg.data}/dict.txt lacks; preprocess the "
+                f"{corpus.path}: holds {what} (token {token} at offset {wrong}); preprocess the "
                 "corpus again"
             )
         self.datasets[split] = corpus
+
+    def is_no_text(self, tokens):
+        """Which token ids, of an array, no corpus may hold: unknown ones, ``<s>`` and ``<pad>``."""
+        return (tokens >= len(self.dictionary)) | (tokens < self.dictionary.eos())
 
     def state_dict(self):
         """What checkpoints say of the task: the symbols that token ids stand for."""
@@ -227,6 +277,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         epoch=1,
         data_buffer_size=0,
         skip_remainder_batch=False,
+        update_epoch_batch_itr=None,
         **kwargs,
     ):
         """fairseq's hook. A :class:`Corpus` is cut into segments; what
@@ -250,13 +301,16 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise UserError("--batch-size is missing: it is the number of parallel streams")
         if max_sentences < 1:
             raise UserError(f"--batch-size {max_sentences}: must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"--num-workers {num_workers}: must be at least 0")
         if num_shards > 1 and not self.is_training:
             raise UserError(
                 f"{num_shards} workers: fairseq would report the score of one worker's part as "
                 "that of the whole; evaluate with one (--distributed-world-size 1)"
             )
         split = next(name for name, loaded in self.datasets.items() if loaded is dataset)
-        training = self.is_training and split == self.cfg.train_subset
+        # fairseq gives this when it trains, and not when it validates, which may be on the same.
+        training = self.is_training and update_epoch_batch_itr is not None
         if training and max_sentences * num_shards > len(dataset):
             raise UserError(
                 f"--batch-size {max_sentences}: {max_sentences * num_shards} streams in all, and "

@@ -135,3 +135,25 @@ def test_overflow_does_not_poison_the_state(decoder):
     after = feed(decoder, "train:1:1")
     assert after.isfinite().all()
     assert started_from_nothing(after[1]) and not started_from_nothing(after[0])
+
+
+def test_healthy_states_are_not_searched_for_overflow(decoder, monkeypatch):
+    """Gradient accumulation without float16: it would copy all of the state for each segment."""
+    decoder.carried.may_overflow = False
+    monkeypatch.setattr("fairseq_sha.models.carried_state._reset_overflown", None)
+    decoder.set_num_updates(0)
+    for i in range(3):
+        decoder.set_num_updates(0)
+        after = feed(decoder, f"train:1:{i}")
+    assert not started_from_nothing(after)
+
+
+def test_what_an_earlier_update_started_from_is_forgotten(decoder):
+    """It is as large as the state itself."""
+    for i in range(3):
+        decoder.set_num_updates(i)
+        feed(decoder, f"train:1:{i}")
+    assert decoder.carried._kept["train", True].before is not None
+    decoder.set_num_updates(3)
+    assert decoder.carried._kept["train", True].before is None
+    assert not started_from_nothing(feed(decoder, "train:1:3"))
