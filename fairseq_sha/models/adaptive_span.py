@@ -86,17 +86,18 @@ class AdaptiveAttention(nn.Module):
         """
         Args:
             h (Tensor): ``[T, B, H]``
-            cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``
+            cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``; the oldest,
+                which no head reaches, may be missing
             key_positions (Tensor): embeddings of the L positions before a query, ``[d, L]``
             trimmed (int): how many of the oldest keys no head reaches, see :meth:`trim`
 
         Returns:
             Tensor ``[T, B, H]``
         """
+        reached = cache[cache.size(0) - (self.attn_span - trimmed) :]
         # Apart, so that no gradient is computed for the cache. The last token is nobody's key.
         k, v = (
-            torch.cat([project(cache[trimmed:]), project(h[:-1])])
-            for project in (self.key, self.value)
+            torch.cat([project(reached), project(h[:-1])]) for project in (self.key, self.value)
         )
         q, k, v = (
             x.unflatten(-1, (self.n_head, -1)).flatten(1, 2).transpose(0, 1)
@@ -140,10 +141,12 @@ class AdaptiveSpanLayer(nn.Module):
 
     def forward(self, h, state, key_positions, trimmed):
         """``h [T, B, H]`` and state to the same; the state holds ``cache``, the last inputs of
-        this layer, ``[attn_span, B, H]``."""
+        this layer, ``[attn_span, B, H]``, or in evaluation as many as some head reaches."""
+        # In training a span may grow, and reach further the next time.
+        rows = self.attn_span - (0 if self.training else trimmed)
         # Before the first token there are zeros, which are attended to like any other.
-        cache = state["cache"] if state else h.new_zeros(self.attn_span, *h.shape[1:])
-        left = last_rows(cache, h, self.attn_span)
+        cache = state["cache"] if state else h.new_zeros(rows, *h.shape[1:])
+        left = last_rows(cache, h, rows)
         h = self.norm_attention(h + self.attention(h, cache, key_positions, trimmed))
         return self.norm_feed_forward(h + self.feed_forward(h)), {"cache": left}
 

@@ -183,6 +183,21 @@ def test_cache_is_bounded_and_detached():
         assert not any(layer["cache"].requires_grad for layer in kept)
 
 
+def test_evaluation_remembers_what_heads_reach_only():
+    segments = torch.randint(29, (2, 150)).split([60, 7, 83], 1)
+    model = randomise(decoder(attn_span=200))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.span.copy_(torch.tensor([0.0, 0.2]))  # 40 tokens and the ramp's 4
+    expected = [model(tokens, segment=f"train:1:{i}")[0] for i, tokens in enumerate(segments)]
+    model.eval()
+    for i, tokens in enumerate(segments):
+        torch.testing.assert_close(model(tokens, segment=f"valid:1:{i}")[0], expected[i])
+        kept = model.carried._kept["valid", False].after
+        assert [len(layer["cache"]) for layer in kept] == [72, 72]
+    check_cuts(model, [150], [60, 90], [7] * 21 + [3])
+
+
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
     seen = []
 
