@@ -13,7 +13,7 @@ from fairseq_sha.models.min_rnn import (
     MinRNNDecoder,
 )
 from tests.conftest import dictionary_of
-from tests.models.helpers import check_cuts, check_one_token_at_a_time
+from tests.models.helpers import VOCABULARY, check_cuts, check_one_token_at_a_time, randomise
 
 
 def decoder(**fields):
@@ -33,6 +33,47 @@ def test_one_token_at_a_time_equals_the_segment_pass(fields):
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_cutting_otherwise_changes_nothing(fields):
     check_cuts(decoder(**fields).eval(), [24], [7, 1, 2, 14], atol=1e-4, rtol=1e-4)
+
+
+def by_hand(model, tokens):
+    """Logits ``[T, V]`` of one stream, as the paper's block and the config's help have it."""
+
+    def norm(x, module):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * module.weight
+
+    h = model.embedding.weight[tokens]
+    for layer in model.layers:
+        x = norm(h, layer.norm)
+        taps = layer.convolution.conv.weight[:, 0]
+        padded = torch.cat([torch.zeros(taps.size(1) - 1, x.size(1)), x])
+        x = layer.convolution.conv.bias + sum(
+            taps[:, k] * padded[k : k + len(x)] for k in range(taps.size(1))
+        )
+        candidate, gate = (x @ layer.cell.input.weight.t()).chunk(2, -1)
+        state, states = torch.zeros_like(candidate[0]), []
+        for c, z in zip(candidate, gate.sigmoid()):
+            state = (1 - z) * state + z * torch.where(c >= 0, c + 0.5, c.sigmoid())
+            states.append(state)
+        h = h + torch.stack(states) @ layer.cell.output.weight.t()
+        inner, outer = layer.feed_forward.linear1, layer.feed_forward.linear2
+        wide = norm(h, layer.norm_feed_forward) @ inner.weight.t() + inner.bias
+        wide = wide * 0.5 * (1 + torch.erf(wide / 2**0.5))  # GELU
+        h = h + wide @ outer.weight.t() + outer.bias
+    return norm(h, model.final_norm) @ model.embedding.weight.t() + model.output_bias
+
+
+def test_equals_the_block_written_out():
+    model = randomise(decoder(conv_width=3))
+    tokens = torch.randint(VOCABULARY, (2, 11))
+    expected = torch.stack([by_hand(model, stream) for stream in tokens])
+    torch.testing.assert_close(model(tokens)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_starts_with_a_small_embedding():
+    """It is the output too: logits of a new model are near 0."""
+    model = decoder(width=256)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert (model.output_bias == 0).all()
 
 
 def test_convolution_sees_itself_and_what_came_before():
@@ -61,6 +102,7 @@ def test_dropout_acts_in_training_only():
     model = decoder(dropout=0.5)
     tokens = torch.randint(29, (3, 20))
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    assert (model.embed(tokens.t()) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
     model.eval()
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 

@@ -129,3 +129,21 @@ def test_min_lstm_gates_that_are_both_shut_do_not_divide_by_zero():
     keep, take = MinLSTM(2).keep_and_take(torch.tensor(-300.0), torch.tensor(-301.0))
     assert keep.item() == pytest.approx(1 / (1 + torch.tensor(-1.0).exp().item()))
     assert (keep + take).item() == pytest.approx(1)
+
+
+def test_sru_has_its_maps_one_after_the_other_and_starts_as_the_paper_has_it():
+    torch.manual_seed(1)
+    cell = SRU(300)
+    assert cell.weight.min() < -0.9 and cell.weight.max() > 0.9 and cell.weight.abs().max() <= 1
+    assert (cell.bias == 0).all()
+    torch.nn.init.normal_(cell.bias)
+    x = torch.randn(5, 2, 300)
+    u0, u1, u2 = (x @ cell.input.weight.t()).chunk(3, -1)
+    (v_f, v_r), (b_f, b_r), c, expected = cell.weight, cell.bias, torch.zeros(2, 300), []
+    for t in range(5):
+        f, r = torch.sigmoid(u1[t] + v_f * c + b_f), torch.sigmoid(u2[t] + v_r * c + b_r)
+        c = u0[t] + (c - u0[t]) * f
+        expected.append(x[t] + (c - x[t]) * r)
+    out, left = cell(x, {})
+    torch.testing.assert_close(out, torch.stack(expected), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(left["c"][0], c, atol=1e-5, rtol=1e-4)
