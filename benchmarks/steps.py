@@ -1,11 +1,11 @@
 """A training step and an evaluation pass of every model: time, memory, and where they go.
 
-The floor is the time of the recurrent kernels and matrix products alone (those of attention too),
-run by themselves, in turn with the whole. Models are those of examples/: at the size of the demo,
-of the comparison (some 256 wide), and of the papers. Each is measured in a process of its own, for
-its peak memory, that of imports included. Weights are random, memories full; a training step is
-forward and backward, an evaluation pass a forward one, of one segment. On CPU a peak is that of the
-process so far, in which the evaluation comes first.
+The floor is the time of the recurrent kernels and matrix products alone (those of attention too, and
+of scores that are computed anew), run by themselves, in turn with the whole. Models are those of
+examples/: at the size of the demo, of the comparison (some 256 wide), and of the papers. Each is
+measured in a process of its own, for its peak memory, that of imports included. Weights are random,
+memories full; a training step is forward and backward, an evaluation pass a forward one, of one
+segment.
 
     python benchmarks/steps.py --sizes demo 256 "paper, short segments"
     python benchmarks/steps.py --sizes paper --models sha_rnn_enwik8 --device cuda --precision amp
@@ -46,28 +46,46 @@ SIZES = {  # configs, tokens and streams of a segment, and what differs from the
 def measure_step(case, args):
     """One row of the table: a dict."""
     size, name = case
-    _, length, streams, changes = SIZES[size]
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     config = settings(name)
-    length = args.length or length or config["task"]["tokens_per_sample"]
-    streams = args.streams or streams or config["dataset"]["batch_size"]
-    model = build({**config["model"], **changes}).to(args.device)
-    decoder, cast = model.decoder, nullcontext()
-    on_gpu = torch.device(args.device).type == "cuda"
+    model = build({**config["model"], **SIZES[size][3]}).to(args.device)
     if args.precision == "bfloat16":
         model.bfloat16()
-    elif args.precision == "amp":
-        cast = torch.autocast(torch.device(args.device).type)
     if args.compile:
-        decoder.compile_layers()
-    tokens, targets = (random_tokens(length, streams, args.device) for _ in range(2))
+        model.decoder.compile_layers()
     row = {
         "size": size,
         "model": name.partition("/")[2],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": length * streams,
     }
+    # One state at a time, and memory first: kernels are recorded with their arguments. The
+    # evaluation comes first, since on CPU a peak is that of the process so far.
+    for kind in ("evaluation", "training"):
+        run, row[f"{kind} tokens"] = prepare(kind, model.decoder, size, config, args)
+        row[f"{kind} MB"] = peak_of(run, args.device)
+        del run
+    for kind in ("evaluation", "training"):
+        run, _ = prepare(kind, model.decoder, size, config, args)
+        row.update(times_of(run, kind, args))
+        del run
+    return row
+
+
+def prepare(kind, decoder, size, config, args):
+    """A function that reads a segment from a steady state, and the number of its tokens."""
+    _, length, streams, _ = SIZES[size]
+    dataset = config["dataset"]
+    own = dataset.get("batch_size_valid") if kind == "evaluation" else None
+    length = args.length or length or config["task"]["tokens_per_sample"]
+    streams = args.streams or streams or own or dataset["batch_size"]
+    cast = nullcontext()
+    if args.precision == "amp":
+        cast = torch.autocast(torch.device(args.device).type)
+    decoder.train(kind == "training")
+    tokens, targets = (random_tokens(length, streams, args.device) for _ in range(2))
+    with cast:
+        state = steady_state(decoder, tokens, rows_of_memory(decoder, length))
 
     def train():
         with cast:
@@ -83,33 +101,33 @@ def measure_step(case, args):
         with cast:
             decoder.output_layer(decoder.read(tokens, state)[0])
 
-    cases = {"evaluation": evaluate, "training": train}
-    states = {}
-    for kind, run in cases.items():  # memory first: what is recorded is kept
-        decoder.train(kind == "training")
-        with cast:
-            state = steady_state(decoder, tokens, rows_of_memory(decoder, length))
-        states[kind] = state
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+    return (train if kind == "training" else evaluate), length * streams
+
+
+def peak_of(run, device):
+    """The most memory in MB that was in use while a function ran."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         run()
-        if on_gpu:
-            row[f"{kind} MB"] = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            row[f"{kind} MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    for kind, run in cases.items():
-        decoder.train(kind == "training")
-        state = states[kind]
-        parts, flop = kernels_of(run, args)
-        times = measure({"whole": run, **parts}, args.repeats)
-        del parts
-        medians = {part: statistics.median(values) for part, values in times.items()}
-        row[f"{kind} ms"] = medians.pop("whole")
-        row[f"{kind} spread"] = (max(times["whole"]) - min(times["whole"])) / row[f"{kind} ms"]
-        if medians:
-            row[f"{kind} gflop"] = flop / 1e9
-            row[f"{kind} floor"] = sum(medians[part] for part in FLOOR)
-            row[f"{kind} shares"] = {part: medians[part] / row[f"{kind} ms"] for part in KINDS}
+        return torch.cuda.max_memory_allocated() / 2**20
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def times_of(run, kind, args):
+    """Times of a function and of its kernels alone: entries of a row."""
+    parts, flop = kernels_of(run, args)
+    times = measure({"whole": run, **parts}, args.repeats)
+    medians = {part: statistics.median(values) for part, values in times.items()}
+    whole = medians.pop("whole")
+    row = {
+        f"{kind} ms": whole,
+        f"{kind} spread": (max(times["whole"]) - min(times["whole"])) / whole,
+    }
+    if medians:
+        row[f"{kind} gflop"] = flop / 1e9
+        row[f"{kind} floor"] = sum(medians[part] for part in FLOOR)
+        row[f"{kind} shares"] = {part: medians[part] / whole for part in KINDS}
     return row
 
 
@@ -185,7 +203,8 @@ def line(row):
     for kind in ("training", "evaluation"):
         taken, floor = row[f"{kind} ms"], row.get(f"{kind} floor")
         cells += [f"{taken:.1f}", f"{row[f'{kind} spread']:.0%}"]
-        cells += [f"{1e3 * row['tokens'] / taken:,.0f}", f"{row[f'{kind} MB']:,.0f}"]
+        speed = 1e3 * row[f"{kind} tokens"] / taken
+        cells += [f"{speed:,.0f}", f"{row[f'{kind} MB']:,.0f}"]
         cells += [f"{taken / floor:.2f}" if floor else "-"]
     shares = row.get("training shares")
     if shares:
