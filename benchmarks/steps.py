@@ -1,8 +1,8 @@
 """A training step and an evaluation pass of every model: time, memory, and where they go.
 
-The floor is the time of the recurrent kernels and matrix products alone (those of attention too, and
-of scores that are computed anew), run by themselves, in turn with the whole. Models are those of
-examples/: at the size of the demo, of the comparison (some 256 wide), and of the papers. Each is
+The floor is the time of the recurrent kernels and matrix products alone (those of attention too,
+and of scores that are computed anew), run by themselves, in turn with the whole. Models are those
+of examples/: at the size of the demo, of the comparison (some 256 wide), and of the papers. Each is
 measured in a process of its own, for its peak memory, that of imports included. Weights are random,
 memories full; a training step is forward and backward, an evaluation pass a forward one, of one
 segment.

@@ -9,7 +9,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset, data_file_path, ind
 
 from fairseq_sha.errors import UserError
 
-TOKENS_AT_ONCE = 1 << 25  # to be looked at
+TOKENS_AT_ONCE = 1 << 20  # to be looked at: what is made of them stays in the cache
 
 
 class Corpus(FairseqDataset):
