@@ -69,6 +69,7 @@ def same_weights(one, other):
         *[pytest.param(name, SGD, marks=pytest.mark.long) for name in FAMILIES if name != "SHARNN"],
         pytest.param("SHARNN", "--update-freq 2", marks=pytest.mark.long),
         pytest.param("SHARNN", "--disable-validation", marks=pytest.mark.long),
+        pytest.param("SHARNN", "--valid-subset valid,train", marks=pytest.mark.long),
     ],
 )
 def test_two_workers_with_half_the_streams_give_what_one_gives(data, tmp_path, name, extra):

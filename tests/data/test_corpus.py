@@ -17,6 +17,14 @@ def test_reads_all_items_as_one_array(tmp_path):
     assert isinstance(corpus.tokens, np.memmap)
 
 
+def test_finds_the_first_token_of_a_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr("fairseq_sha.data.corpus.TOKENS_AT_ONCE", 4)
+    corpus = Corpus(write_split(b"aaaaaaabab", tmp_path))
+    assert corpus.find(lambda tokens: tokens == corpus.tokens[7]) == 7
+    assert corpus.find(lambda tokens: tokens == corpus.tokens[0]) == 0
+    assert corpus.find(lambda tokens: tokens > 99) is None
+
+
 def damage(path, how):
     if how == "missing":
         os.remove(path)
