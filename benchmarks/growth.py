@@ -9,6 +9,7 @@ the most that was resident, less what the imports took; of the corpus, without m
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -116,6 +117,7 @@ def plot(points, machine, path):
     import matplotlib
 
     matplotlib.use("Agg")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq makes all talkative
     from matplotlib import pyplot
 
     figure, rows = pyplot.subplots(2, len(points), figsize=(4 * len(points), 6), sharex="col")
