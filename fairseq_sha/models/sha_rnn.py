@@ -21,7 +21,7 @@ from fairseq_sha.modules import (
     MinLSTM,
     SingleHeadAttention,
 )
-from fairseq_sha.ops import dropout, last_rows
+from fairseq_sha.ops import dropout
 
 CELLS = {
     "lstm": LSTM,
@@ -122,10 +122,14 @@ class SHARNNLayer(nn.Module):
         h, left = self.cell(self.norm_start(h), state)
         h = dropout(h, self.p, self.training)
         if self.attention is not None:
-            rows, memory = self.norm_memory(h), state["memory"] if state else h[:0].detach()
-            left["memory"] = last_rows(memory, rows, self.window)
+            own = self.norm_memory(h)
+            memory = self.visible(state["memory"], len(h)) if state else h[:0].detach()
+            seen = torch.cat([memory, own])
+            left["memory"] = seen[torch.sym_max(seen.size(0) - self.window, 0) :]
             h = self.norm_mid(h)
-            h = h + self.attention(h, rows, self.visible(memory, len(rows)))
+            # Apart, the memory costs no gradient.
+            rows = (own, memory) if torch.is_grad_enabled() else (seen,)
+            h = h + self.attention(h, *rows)
         boomed = self.boom(self.norm_boom(h))
         return self.norm_residual(h) + dropout(boomed, self.p, self.training), left
 
@@ -133,7 +137,7 @@ class SHARNNLayer(nn.Module):
         """What is left of the memory for a segment of that length to fit into the window beside it:
         the last rows. The window does not slide within a segment."""
         room = max(self.window - length, 0)
-        # Sizes may be unknown, while a model is exported: hence sym_max for max.
+        # Sizes may be unknown, while a model is exported: hence sym_max for max, and not len.
         return memory[torch.sym_max(memory.size(0) - room, 0) :]
 
 

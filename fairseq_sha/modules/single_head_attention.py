@@ -34,21 +34,24 @@ class SingleHeadAttention(nn.Module):
         else:
             self.value_gate = nn.Parameter(torch.zeros(width))
 
-    def forward(self, h, rows, memory):
+    def forward(self, h, rows, memory=None):
         """
         Args:
             h (Tensor): ``[T, B, H]``
-            rows (Tensor): the segment's own rows, ``[T, B, H]``, of which position t sees 0 to t
-            memory (Tensor): rows that come before, without gradient, ``[M, B, H]``
+            rows (Tensor): rows to attend to, ``[K, B, H]``, the segment's own T last, of which
+                position t sees those up to its own
+            memory (Tensor): rows that come before these, without gradient, ``[M, B, H]``
 
         Returns:
             Tensor ``[T, B, H]``, to be added to ``h``
         """
         queries = torch.sigmoid(self.query_gate) * self.query_norm(self.query(h))
         queries = dropout(queries, self.p, self.training) * torch.sigmoid(self.key_gate)
-        values, remembered = (dropout(x, self.p, self.training) for x in (rows, memory))
+        values = dropout(rows, self.p, self.training)
+        if memory is not None:
+            memory = memory, dropout(memory, self.p, self.training)
         p = self.p if self.training else 0.0
-        mix = attend(queries, rows, values, causal(queries, rows), p, (memory, remembered))
+        mix = attend(queries, rows, values, causal(queries, rows), p, memory)
         if isinstance(self.value_gate, OverparameterisedVector):
             value_gate = self.value_gate()
         else:
