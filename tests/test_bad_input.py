@@ -107,6 +107,7 @@ DATA = {
     "index of text": (replace("train.idx", b"no index\n" * 99), "train.idx: not an index"),
     "truncated index": (cut("train.idx", 100), "train.idx: not an index"),
     "index of another type": (patch("train.idx", 17, b"\x63"), "train.idx: not an index"),
+    "index of too many": (patch("train.idx", 25, b"\x80"), "train.idx: not an index"),
     "empty data": (replace("train.bin", b""), "train.bin: its size differs"),
     "truncated data": (cut("train.bin", 999), "train.bin: its size differs"),
     "foreign data": (

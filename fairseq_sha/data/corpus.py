@@ -90,7 +90,7 @@ def _open_index(path):
             if not file.read(26).startswith(magic) or file.tell() < 26:
                 raise ValueError("wrong header")
         return MMapIndexedDataset.Index(path)
-    except (ValueError, KeyError, AssertionError):
+    except (ValueError, KeyError, AssertionError, OverflowError):
         raise UserError(
             f"{path}: not an index in fairseq's mmap format; preprocess the corpus again"
         )
