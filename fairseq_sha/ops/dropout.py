@@ -19,7 +19,7 @@ def dropout(x, p, training=True):
         x (Tensor): any shape
         p (float): probability, in [0, 1)
     """
-    if not training or p == 0:
+    if not training or p == 0 or x.numel() == 0:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p, True)

@@ -47,3 +47,7 @@ def test_identity_where_nothing_is_dropped():
     x = torch.randn(5)
     assert dropout(x, 0.0) is x
     assert dropout(x, 0.5, training=False) is x
+
+
+def test_nothing_is_nothing():
+    assert dropout(torch.empty(0, 3), 0.5).shape == (0, 3)
