@@ -48,10 +48,11 @@ class SingleHeadAttention(nn.Module):
         queries = torch.sigmoid(self.query_gate) * self.query_norm(self.query(h))
         queries = dropout(queries, self.p, self.training) * torch.sigmoid(self.key_gate)
         values = dropout(rows, self.p, self.training)
+        remembered = ()
         if memory is not None:
-            memory = memory, dropout(memory, self.p, self.training)
+            remembered = memory, dropout(memory, self.p, self.training)
         p = self.p if self.training else 0.0
-        mix = attend(queries, rows, values, causal(queries, rows), p, memory)
+        mix = attend(queries, rows, values, causal(queries, rows), p, remembered)
         if isinstance(self.value_gate, OverparameterisedVector):
             value_gate = self.value_gate()
         else:

@@ -14,7 +14,7 @@ MAX_SCORES = 2**27
 WIDEST_FUSED = 256  # width of a head
 
 
-def attend(queries, keys, values, bias, p=0.0, memory=None):
+def attend(queries, keys, values, bias, p=0.0, memory=()):
     """``dropout(softmax(q k^T / sqrt(d) + bias)) v``, the weights not renormalised.
 
     Args:
@@ -23,19 +23,18 @@ def attend(queries, keys, values, bias, p=0.0, memory=None):
         bias (Tensor): ``[T, K]`` or ``[N, T, K]``, such as :func:`causal` gives; minus infinity
             where a position must not look
         p (float): dropout on the attention weights
-        memory (pair of Tensor): keys and values that come before these and that all positions
-            see, ``[M, N, d]``; given apart, they cost no gradient
+        memory (pair of Tensor, or nothing): keys and values that come before these and that all
+            positions see, ``[M, N, d]``; given apart, they cost no gradient
 
     Returns:
         Tensor ``[T, N, d]``
     """
     if not prefers_products(queries):
-        if memory is not None:
+        if memory:
             bias = F.pad(bias, (memory[0].size(0), 0))
             keys, values = (torch.cat(rows) for rows in zip(memory, (keys, values)))
         return attend_fused(queries, keys, values, bias, p)
-    memory = memory or ()
-    rows = len(keys) + sum(map(len, memory[:1]))
+    rows = len(keys) + (len(memory[0]) if memory else 0)
     limit = MAX_SCORES_ON_CPU if queries.device.type == "cpu" else MAX_SCORES
     some = max(1, limit // (len(queries) * rows))
     if queries.size(1) <= some:
