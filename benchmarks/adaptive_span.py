@@ -3,9 +3,9 @@
 fairseq's is in the distribution ve-fairseq (Python 3.11 and 3.12). It does not renormalise the
 masked attention weights as the paper does, so losses are compared at full spans only.
 
-Trained weights make attention weights that all but vanish: denormal numbers, with which a CPU
-computes slowly unless told to take them for 0, as this project does and fairseq does not. That is a
-setting of a process, so each measurement has a process of its own, in turn.
+Trained weights make attention weights that almost vanish. These are denormal numbers, with which a
+CPU computes slowly unless it is told to flush them to 0, as this project does and fairseq does not.
+That is a setting of a process, so each measurement has a process of its own, in turn.
 
     python benchmarks/adaptive_span.py
     python benchmarks/adaptive_span.py --checkpoint RUN/checkpoint_last.pt --data data-bin/enwiki6
@@ -27,8 +27,8 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from timing import arguments, describe_machine
 
-from fairseq_sha import UserError
-from fairseq_sha.data import Corpus
+from fairseq_sha.data.corpus import Corpus
+from fairseq_sha.errors import UserError
 from fairseq_sha.import_weights import FAMILIES
 from fairseq_sha.models.adaptive_span import AdaptiveSpanConfig, AdaptiveSpanDecoder
 
@@ -36,11 +36,11 @@ STEPS = 5  # timed in each process, after two to warm up
 
 
 def example():
-    """The module of fairseq's example, without its registrations, whose names are ours too."""
+    """The module of fairseq's example, without its registrations, whose names collide with ours."""
     folder = os.path.join(os.path.dirname(fairseq.__file__), "examples", "adaptive_span")
     if not os.path.isdir(folder):
         raise UserError(
-            f"{folder}: no such folder; this fairseq lacks its examples: ve-fairseq has"
+            f"{folder}: no such folder; install ve-fairseq, which contains fairseq's examples"
         )
     package = types.ModuleType("adaptive_span_example")
     package.__path__ = [folder]
@@ -49,7 +49,7 @@ def example():
 
 
 def build(args):
-    """Our decoder and the example's model with the same weights, full spans."""
+    """Our decoder and the example's model with the same weights."""
     if args.checkpoint:
         (model,), saved, _ = checkpoint_utils.load_model_ensemble_and_task(
             [args.checkpoint], arg_overrides={"data": args.data, "dropout": 0.0}
@@ -87,7 +87,7 @@ def build(args):
 
 
 def steps(args, ours, theirs):
-    """Loss of the segment after some text, by both."""
+    """The loss of the segment that follows some text, by both: model and function by name."""
     if args.checkpoint:
         text = Corpus(os.path.join(args.data, "train")).tokens[: args.streams * 8 * args.length]
         text = torch.from_numpy(text.astype("int64")).view(args.streams, -1)
@@ -136,7 +136,7 @@ def measure(name, args):
 
 
 def check(args):
-    """Both are the same model where spans are full."""
+    """Check that both compute the same loss where spans are full."""
     torch.manual_seed(1)
     ours, theirs = build(args)
     for layer in ours.layers:
@@ -153,7 +153,7 @@ def main():
     parser.set_defaults(repeats=3)
     parser.add_argument("--length", type=int, default=128, help="tokens of a segment")
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--span", type=float, help="spans, as a part of the longest (0 at a start)")
+    parser.add_argument("--span", type=float, help="spans, as a part of the longest (default: 0)")
     parser.add_argument("--checkpoint", help="of a trained model of ours; default: random weights")
     parser.add_argument("--data", default="data-bin/enwiki6", help="text for a trained model")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Which kernels a piece of work starts, recorded so that they can be run by themselves.
+"""Record the kernels that a piece of work starts, to run them by themselves.
 
 The floor of a training step is the time of its recurrent kernels and matrix products alone, forward
-and backward, with the very arguments that the step gave them.
+and backward, with the same arguments.
 """
 
 import sys
@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-RECURRENCES = "mkldnn_rnn_layer", "_cudnn_rnn"  # of which each has a _backward
+RECURRENCES = "mkldnn_rnn_layer", "_cudnn_rnn"  # each has a _backward, too
 KINDS = {
     "recurrence": RECURRENCES,
     "products": ("mm", "addmm", "bmm", "baddbmm"),
@@ -22,21 +22,21 @@ KINDS = {
     "dropout": ("native_dropout",),
 }
 FLOOR = "recurrence", "products", "fused attention"
-# Functions that are recorded as one: of many small operations on CPU, of Triton on a GPU.
+# Functions that are recorded as one kernel: many small operations on a CPU, or Triton on a GPU.
 COMPOSED = {
-    **dict.fromkeys(("scan", "recur", "sru_forward", "sru_backward"), "recurrence"),
+    **dict.fromkeys(("scan", "sru_steps", "sru_forward", "sru_backward"), "recurrence"),
     "dropout": "dropout",
 }
 
 
 class Recording(TorchDispatchMode):
-    """While it is active, keeps every call of the kernels of :data:`KINDS`, with its arguments."""
+    """While active, keeps every call of the kernels of :data:`KINDS` with its arguments."""
 
     def __init__(self):
         super().__init__()
         self.calls = defaultdict(list)
-        self.flop = 0  # floating-point operations of recurrent kernels and products
-        self._inside = False  # of one of the composed functions
+        self.flop = 0  # floating-point operations in recurrent kernels and products
+        self._inside = False  # whether one of the composed functions is running
 
     def __enter__(self):
         self._patches = ExitStack()
@@ -75,7 +75,7 @@ class Recording(TorchDispatchMode):
         return call
 
     def replay(self, *kinds):
-        """A function that runs the recorded calls of some kinds again."""
+        """A function that repeats the recorded calls of some kinds."""
         calls = [call for kind in kinds for call in self.calls[kind]]
 
         def run():
@@ -87,7 +87,7 @@ class Recording(TorchDispatchMode):
 
 
 def flop(func, name, args, kwargs, out):
-    """Floating-point operations of a call: 2 for each product that is added up."""
+    """Floating-point operations of a call; a multiplication and an addition are two."""
     backward = 2 if name.endswith("_backward") else 1
     if name.startswith(RECURRENCES):
         weights = args[1] if isinstance(args[1], (list, tuple)) else args[1:3]

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from timing import arguments, compare, describe_machine
 
 from fairseq_sha.models.sha_rnn import SHARNNDecoder, SHARNNEnwik8Config
-from fairseq_sha.optim.min_trust_lamb import MinTrustLAMB, min_trust_lamb_reference
+from fairseq_sha.ops.oracles import min_trust_lamb_reference
+from fairseq_sha.optim.min_trust_lamb import MinTrustLAMB
 
 
 def parameters(dictionary, device):
@@ -22,7 +23,7 @@ def parameters(dictionary, device):
 
 
 class LoopOverTensors:
-    """The reference form, tensor by tensor."""
+    """The definition, tensor by tensor."""
 
     def __init__(self, params):
         self.params = params

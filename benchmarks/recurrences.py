@@ -1,9 +1,9 @@
 """A training step of each recurrence, forward and backward, beside loops over time under autograd.
 
-The loop is the definition in ``fairseq_sha.ops``, which takes the steps apart at once. With
-``--indexed``, also one as most would first write it, which reads ``a[t]`` at each step, so that its
-gradient adds up a tensor as large as all of ``a`` for each step. That one takes minutes, and is run
-once.
+The loop is the definition in ``fairseq_sha.ops.oracles``, which unbinds all steps at once. With
+``--indexed``, a loop as most would first write it is measured too. It reads ``a[t]`` at each step,
+so that its gradient adds up a tensor as large as all of ``a`` for each step. It takes minutes and
+is run once.
 
 python benchmarks/recurrences.py
 """
@@ -13,7 +13,8 @@ import time
 import torch
 from timing import arguments, compare, describe_machine, finish_work
 
-from fairseq_sha.ops import linear_recurrence, linear_recurrence_reference, sru, sru_reference
+from fairseq_sha.ops import linear_recurrence, sru
+from fairseq_sha.ops.oracles import linear_recurrence_reference, sru_reference
 
 
 def indexed_linear_recurrence(a, b, h):
@@ -62,7 +63,7 @@ def main(argv=None):
     parser.add_argument("--length", type=int, default=512, help="tokens of a segment")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--indexed", action="store_true", help="measure that loop, too")
+    parser.add_argument("--indexed", action="store_true", help="measure this loop, too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)

@@ -1,8 +1,9 @@
 """A training step and an evaluation step of SHA-RNN beside a straightforward transcription.
 
-The transcription says in plain PyTorch what the paper says: keys and values gated over the whole
-memory, scores and mask materialised, torch's own dropout and GELU in four operations. Both have the
-same weights, state and tokens. The floor is the time of the LSTM and the matrix products alone.
+The transcription is what the paper says in plain PyTorch: gates on the keys and values of the whole
+memory, scores and mask that are materialised, torch's own dropout, and GELU in four operations.
+Both have the same weights, state and tokens. The floor is the time of the LSTM and the matrix
+products alone.
 
     python benchmarks/train_step.py
 """
@@ -32,7 +33,7 @@ def transcription(decoder, tokens, state, training):
 
     length = len(tokens)
     h = drop(F.embedding(tokens, decoder.embedding.weight))
-    left = []
+    new_state = []
     for layer, before in zip(decoder.layers, state or [{}] * len(decoder.layers)):
         h, after = layer.cell(layer.norm_start(h), before)
         after = {key: tensor.detach() for key, tensor in after.items()}
@@ -57,8 +58,8 @@ def transcription(decoder, tokens, state, training):
         wide = drop(wide * torch.sigmoid(1.702 * wide))
         boom = wide.view(*h.shape[:2], -1, h.size(-1)).sum(-2)
         h = layer.norm_residual(h) + drop(boom)
-        left.append(after)
-    return F.linear(drop(h), decoder.embedding.weight, decoder.output_bias), left
+        new_state.append(after)
+    return F.linear(drop(h), decoder.embedding.weight, decoder.output_bias), new_state
 
 
 def main(argv=None):
@@ -128,8 +129,8 @@ def compare_steps(width, window, length, streams, attention_layers, repeats):
 
 
 def ours(decoder, tokens, state, training):
-    features, left = decoder.read(tokens, state)
-    return decoder.output_layer(features), left
+    features, new_state = decoder.read(tokens, state)
+    return decoder.output_layer(features), new_state
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: that it computes what the CPU does, and never waits for it."""
+"""What only a CUDA GPU can show: it computes what the CPU does, and the CPU never waits for it."""
 
 import re
 import sys
@@ -12,13 +12,12 @@ from omegaconf import OmegaConf
 
 from fairseq_sha import compress
 from fairseq_sha.models.adaptive_span import AdaptiveSpanDecoder
-from fairseq_sha.ops import (
-    attend,
+from fairseq_sha.modules import LSTM
+from fairseq_sha.ops import attend, causal_bias, dropout, linear_recurrence, lstm, sru
+from fairseq_sha.ops.oracles import (
     attend_reference,
-    causal,
-    linear_recurrence,
     linear_recurrence_reference,
-    sru,
+    lstm_reference,
     sru_reference,
 )
 from fairseq_sha.optim.min_trust_lamb import MinTrustLAMB
@@ -26,6 +25,7 @@ from fairseq_sha.trained_model import TrainedModel
 from tests.commands import command, logged_losses
 from tests.conftest import dictionary_of
 from tests.models.test_all_families import MODELS
+from tests.ops.test_lstm import lstm_inputs
 from tests.ops.test_recurrences import check, linear_inputs, sru_inputs, sru_mask
 from tests.options import FAMILIES
 from tests.test_precision import bits
@@ -58,6 +58,31 @@ def test_recurrences_equal_their_definitions(length, dtype):
     check(sru, sru_reference, inputs, sru_mask(dtype).cuda(), **tolerance)
     inputs = on_gpu(sru_inputs(length, dtype, streams=16, width=300))
     check(sru, sru_reference, inputs, **tolerance)
+    check(lstm, lstm_reference, on_gpu(lstm_inputs(length, dtype)), **tolerance)
+
+
+@pytest.mark.parametrize("shared", [(), (0,), (0, 2)])
+def test_dropout_of_any_shape_of_mask(shared):
+    x = torch.randn(50, 200, 60, device="cuda", requires_grad=True)
+    dropped = dropout(x, 0.3, shared=shared)
+    kept = dropped != 0
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.15)
+    torch.testing.assert_close(dropped[kept], x[kept] / 0.7)
+    for dimension in shared:
+        assert torch.equal(kept, kept.narrow(dimension, 0, 1).expand_as(kept))
+    dropped.sum().backward()
+    torch.testing.assert_close(x.grad, kept / 0.7)
+
+
+def test_dropped_recurrent_weights_get_the_gradient_where_they_were_kept():
+    """cuDNN takes them apart from its flat buffer."""
+    cell, x = LSTM(8, weight_dropout=0.5).cuda(), torch.randn(5, 3, 8, device="cuda")
+    torch.manual_seed(4)
+    out, _ = cell(x, {}, training=True)
+    out.pow(2).sum().backward()
+    torch.manual_seed(4)
+    kept = dropout(torch.ones_like(cell.weight_hh_l0), 0.5) != 0
+    assert torch.equal(cell.weight_hh_l0.grad != 0, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float, torch.half])
@@ -67,9 +92,9 @@ def test_attention_equals_its_definition(monkeypatch, width, max_scores, dtype):
     """Of narrow and of wide heads, all at once and some at a time."""
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
     exact = [torch.randn(n, 8, width, requires_grad=True) for n in (20, 50, 50)]
-    expected = attend_reference(*exact, causal(*exact[:2]))
+    expected = attend_reference(*exact, causal_bias(*exact[:2]))
     inputs = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
-    found = attend(*inputs, causal(*inputs[:2]))
+    found = attend(*inputs, causal_bias(*inputs[:2]))
     tolerance = (
         {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float else {"atol": 2e-2, "rtol": 2e-2}
     )

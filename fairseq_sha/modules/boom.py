@@ -23,13 +23,13 @@ class Boom(nn.Module):
         self.p = p
         self.linear = nn.Linear(width, multiple * width)
 
-    def forward(self, x):
-        """``[T, B, H] -> [T, B, H]``"""
-        # gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702: one pass over the wide layer.
+    def forward(self, x, training):
+        """``[T, B, H] -> [T, B, H]``; dropout only where ``training``"""
+        # gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702 takes one pass over the wide layer.
         weight, bias = self.linear.weight, GELU_SLOPE * self.linear.bias
-        if len(x) == 1:  # as when generating
+        if len(x) == 1:  # in generation, where x is smaller than the weight
             x = GELU_SLOPE * x
         else:
             weight = GELU_SLOPE * weight
         chunks = F.linear(x, weight, bias).unflatten(-1, (-1, self.width))
-        return dropout(F.silu(chunks), self.p, self.training).sum(-2) / GELU_SLOPE
+        return dropout(F.silu(chunks), self.p, training).sum(-2) / GELU_SLOPE

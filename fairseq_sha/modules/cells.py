@@ -1,27 +1,40 @@
-"""Recurrent cells. Each takes ``x [T, B, H]`` and its state, a dict that is empty at a start, and
-returns its output ``[T, B, H]`` and the state that it leaves, streams on dimension 1."""
+"""Recurrent cells.
+
+A cell is called as ``cell(x, state)`` with ``x [T, B, H]`` and its state, a dict of tensors that is
+empty at the start of a text. It returns its output ``[T, B, H]`` and the new state. The streams are
+dimension 1 of every tensor of the state.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairseq_sha.ops import linear_recurrence, sru
+from fairseq_sha.ops import dropout, linear_recurrence, lstm, sru
 
 
 class LSTM(nn.LSTM):
-    """torch's; the state holds ``h`` and ``c``, ``[1, B, H]``."""
+    """torch's LSTM of one layer; the state holds ``h`` and ``c``, ``[1, B, hidden_width]``.
 
-    def __init__(self, width):
-        super().__init__(width, width)
+    Args:
+        width (int): of the input
+        hidden_width (int): of the output and the state; default: ``width``
+        weight_dropout (float): dropout of the recurrent matrix ``W_hh`` in training, with one mask
+            for the whole segment and all streams (DropConnect, arXiv 1708.02182, section 2)
+    """
 
-    def forward(self, x, state):
-        if len(x) == 1 and state and not torch.is_grad_enabled():
-            # For one step the kernel of segments takes longer to set up than to run.
-            start = state["h"][0], state["c"][0]
-            h, c = torch.lstm_cell(x[0], start, *self._flat_weights)
-            return h.unsqueeze(0), {"h": h.unsqueeze(0), "c": c.unsqueeze(0)}
-        start = (state["h"], state["c"]) if state else None
-        out, (h, c) = super().forward(x, start)
+    recurrence = staticmethod(lstm)
+
+    def __init__(self, width, hidden_width=None, weight_dropout=0.0):
+        super().__init__(width, hidden_width or width)
+        self.weight_dropout = weight_dropout
+
+    def forward(self, x, state, training=False):
+        """``training`` says whether to drop recurrent weights."""
+        zeros = x.new_zeros(1, x.size(1), self.hidden_size)
+        h0, c0 = (state["h"], state["c"]) if state else (zeros, zeros)
+        weight_ih, weight_hh, *biases = self._flat_weights
+        weight_hh = dropout(weight_hh, self.weight_dropout, training)
+        out, h, c = self.recurrence(x, h0, c0, weight_ih, weight_hh, *biases)
         return out, {"h": h, "c": c}
 
 
@@ -29,12 +42,12 @@ class LayerNormLSTM(nn.Module):
     """An LSTM with layer normalisation of both contributions to the gates and of the cell
     (arXiv 1607.06450, equations 20 to 22); the state holds ``h`` and ``c``, ``[1, B, H]``.
 
-    torch has no kernel for it: it is a loop over time, and slow.
+    torch has no kernel for it. It is a loop over time and slow.
     """
 
     def __init__(self, width):
         super().__init__()
-        # The bias of the equations is that of the norms.
+        # The norms have the biases of the equations.
         self.input = nn.Linear(width, 4 * width, bias=False)
         self.hidden = nn.Linear(width, 4 * width, bias=False)
         self.norm_input = nn.LayerNorm(4 * width)
@@ -42,15 +55,15 @@ class LayerNormLSTM(nn.Module):
         self.norm_cell = nn.LayerNorm(width)
 
     def forward(self, x, state):
-        of_inputs = self.norm_input(self.input(x))
+        from_input = self.norm_input(self.input(x))
         h = state["h"][0] if state else torch.zeros_like(x[0])
         c = state["c"][0] if state else torch.zeros_like(x[0])
-        return self.recurrence(of_inputs, h, c)
+        return self.recurrence(from_input, h, c)
 
-    def recurrence(self, of_inputs, h, c):
+    def recurrence(self, from_input, h, c):
         outputs = []
-        for of_input in of_inputs.unbind():
-            i, f, g, o = (of_input + self.norm_hidden(self.hidden(h))).chunk(4, -1)
+        for from_input_t in from_input.unbind():
+            i, f, g, o = (from_input_t + self.norm_hidden(self.hidden(h))).chunk(4, -1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(self.norm_cell(c))
             outputs.append(h)
@@ -77,53 +90,62 @@ class SRU(nn.Module):
 
 
 class MinGRU(nn.Module):
-    """The minimal GRU (arXiv 2410.01201, section 3.1): gates do not read the state.
+    """The minimal GRU (arXiv 2410.01201, section 3.1), whose gate does not depend on the state::
+
+        h_t = (1 - z_t) * h_(t-1) + z_t * g(candidate_t)    with z_t = sigmoid(W_z x_t)
 
     The state holds ``h``, ``[1, B, expansion * H]``, in float32 or wider.
 
     Args:
         width (int): ``H``
         expansion (float): width of the state in multiples of H, rounded down; unless it is 1, a
-            linear map follows
+            linear map to width H follows
     """
 
-    gates = 1
+    num_gates = 1
     recurrence = staticmethod(linear_recurrence)
 
     def __init__(self, width, expansion=1.0):
         super().__init__()
         inner = int(expansion * width)
-        self.input = nn.Linear(width, (1 + self.gates) * inner, bias=False)
+        self.input = nn.Linear(width, (1 + self.num_gates) * inner, bias=False)
         self.output = nn.Linear(inner, width, bias=False) if expansion != 1 else None
 
     def forward(self, x, state):
         projected = self.input(x)
-        # Near 1, a gate in half precision is 1: the state would never decay.
+        # In half precision a gate near 1 is rounded to 1, and the state would never decay.
         wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
-        candidate, *gates = wide.chunk(1 + self.gates, -1)
-        keep, take = self.keep_and_take(*gates)
+        candidate, *gates = wide.chunk(1 + self.num_gates, -1)
+        f, i = self.forget_and_input_gates(*gates)
         h0 = state["h"][0] if state else torch.zeros_like(candidate[0])
-        out, h = self.recurrence(keep, take * positive(candidate), h0)
+        out, h = self.recurrence(f, i * g(candidate), h0)
         out = out.to(projected.dtype)
         return out if self.output is None else self.output(out), {"h": h.unsqueeze(0)}
 
-    def keep_and_take(self, z):
-        """How much of the old state is kept and of the candidate is taken, which sum to 1."""
+    def forget_and_input_gates(self, z):
+        """The factors of the old state and of the candidate, which sum to 1; arguments are what the
+        linear maps of the gates give."""
         return torch.sigmoid(-z), torch.sigmoid(z)
 
 
 class MinLSTM(MinGRU):
-    """The minimal LSTM (arXiv 2410.01201, section 3.2), its gates normalised to a sum of 1."""
+    """The minimal LSTM (arXiv 2410.01201, section 3.2), whose gates are normalised::
 
-    gates = 2
+        h_t = f_t / (f_t + i_t) * h_(t-1) + i_t / (f_t + i_t) * g(candidate_t)
 
-    def keep_and_take(self, f, i):
-        # sigmoid(f) / (sigmoid(f) + sigmoid(i)), which is not 0 / 0 for gates that are both shut.
+    The state is that of :class:`MinGRU`.
+    """
+
+    num_gates = 2
+
+    def forget_and_input_gates(self, f, i):
+        # sigmoid(f) / (sigmoid(f) + sigmoid(i)), without the 0 / 0 of gates that are both shut.
         difference = F.logsigmoid(f) - F.logsigmoid(i)
         return torch.sigmoid(difference), torch.sigmoid(-difference)
 
 
-def positive(x):
-    """``x + 0.5`` for x of at least 0, else ``sigmoid(x)`` (arXiv 2410.01201, appendix B.3)."""
-    # As a sum, since torch.where takes longer than all of this.
+def g(x):
+    """The activation of candidate states that keeps them positive (arXiv 2410.01201, appendix B.3):
+    ``g(x) = x + 0.5`` where ``x >= 0``, else ``sigmoid(x)``."""
+    # A sum is faster than torch.where.
     return F.relu(x) + torch.sigmoid(x.clamp(max=0))

@@ -11,8 +11,8 @@ class FeedForward(nn.Module):
 
     Args:
         width (int): ``H``, of input and output
-        inner (int): width in between
-        p (float): dropout in between
+        inner (int): width of the inner layer
+        p (float): dropout of the inner activations
         activation (callable): ``f``
     """
 
@@ -23,6 +23,6 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(width, inner)
         self.linear2 = nn.Linear(inner, width)
 
-    def forward(self, h):
-        """``[..., H] -> [..., H]``"""
-        return self.linear2(dropout(self.activation(self.linear1(h)), self.p, self.training))
+    def forward(self, h, training):
+        """``[..., H] -> [..., H]``; dropout only where ``training``"""
+        return self.linear2(dropout(self.activation(self.linear1(h)), self.p, training))

@@ -1,5 +1,4 @@
-"""A vector of parameters that training reaches through a linear layer
-(arXiv 1911.11423, section 3.3)."""
+"""An over-parameterised vector (arXiv 1911.11423, section 3.3)."""
 
 import torch
 from torch import nn
@@ -8,9 +7,9 @@ from torch import nn
 class OverparameterisedVector(nn.Module):
     """``f(sigmoid(s))`` with ``f(u) = sigmoid(F u + b_F) * tanh(C u + b_C)``, of width ``H``.
 
-    It depends on no input, so after training it is a constant: ``collapsed=True`` keeps only that
-    (the parameter ``vector``), and loading the weights of an uncollapsed one computes it.
-    ``linear`` holds C in its first H rows and F in the others.
+    The vector depends on no input, so it is a constant after training. With ``collapsed=True`` the
+    module holds only this constant, as the parameter ``vector``; it is computed when weights that
+    are not collapsed are loaded. ``linear`` holds C in its first H rows and F in the others.
     """
 
     def __init__(self, width, collapsed=False):

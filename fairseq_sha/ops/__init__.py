@@ -1,28 +1,25 @@
-from fairseq_sha.ops.attention import (
-    attend,
-    attend_reference,
-    band,
-    causal,
-    causal_relative,
-    last_rows,
-)
+"""Functions on tensors that need speed. Each equals a slow form that is written out in
+:mod:`fairseq_sha.ops.oracles`, which only tests and benchmarks import."""
+
+from fairseq_sha.ops.attention import attend, causal_bias, causal_relative_bias, skew
 from fairseq_sha.ops.dropout import dropout
-from fairseq_sha.ops.linear_recurrence import linear_recurrence, linear_recurrence_reference
-from fairseq_sha.ops.masked_softmax import masked_softmax, masked_softmax_reference
-from fairseq_sha.ops.sru import sru, sru_reference
+from fairseq_sha.ops.linear_recurrence import linear_recurrence
+from fairseq_sha.ops.lstm import lstm
+from fairseq_sha.ops.masked_softmax import masked_softmax
+from fairseq_sha.ops.memory import last_rows, next_memory, rows_to_attend
+from fairseq_sha.ops.sru import sru
 
 __all__ = [
     "attend",
-    "attend_reference",
-    "band",
-    "causal",
-    "causal_relative",
+    "causal_bias",
+    "causal_relative_bias",
     "dropout",
     "last_rows",
     "linear_recurrence",
-    "linear_recurrence_reference",
+    "lstm",
     "masked_softmax",
-    "masked_softmax_reference",
+    "next_memory",
+    "rows_to_attend",
+    "skew",
     "sru",
-    "sru_reference",
 ]

@@ -1,5 +1,8 @@
-"""Attention over a memory and the current segment: the rows of the memory come first among keys
-and values, the segment's own rows last. All heads of all streams lie side by side, ``N`` in all."""
+"""Attention over a memory and the current segment.
+
+The first rows of keys and values belong to the memory, the last ones to the segment itself. The
+heads of all streams lie side by side: ``N`` in all.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,91 +10,92 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_sha.ops.dropout import dropout
 
-# Scores held at once, over all heads of all streams: on CPU, where computing them anew for the
-# gradient costs no more than writing and reading so many; elsewhere it costs a quarter.
+# The most scores that are held at once, over all heads of all streams. Recomputing more than these
+# for the gradient costs a CPU no more than writing and reading them. It costs a GPU a quarter.
 MAX_SCORES_ON_CPU = 2**23
 MAX_SCORES = 2**27
 WIDEST_FUSED = 256  # width of a head
 
 
 def attend(queries, keys, values, bias, p=0.0, memory=()):
-    """``dropout(softmax(q k^T / sqrt(d) + bias)) v``, the weights not renormalised.
+    """``dropout(softmax(q k^T / sqrt(d) + bias)) v``. Weights are not renormalised after dropout.
 
     Args:
         queries (Tensor): ``[T, N, d]``
         keys, values (Tensor): ``[K, N, d]``
-        bias (Tensor): ``[T, K]`` or ``[N, T, K]``, such as :func:`causal` gives; minus infinity
-            where a position must not look
+        bias (Tensor): ``[T, K]`` or ``[N, T, K]``, such as :func:`causal_bias` gives; minus
+            infinity where a position must not look
         p (float): dropout on the attention weights
-        memory (pair of Tensor, or nothing): keys and values that come before these and that all
-            positions see, ``[M, N, d]``; given apart, they cost no gradient
+        memory (tuple of Tensor): keys and values ``[M, N, d]`` that come before these and that all
+            positions see, or nothing; kept apart, they cost no gradient
 
     Returns:
         Tensor ``[T, N, d]``
     """
-    if not prefers_products(queries):
+    if not _unfused_is_faster(queries):
         if memory:
             bias = F.pad(bias, (memory[0].size(0), 0))
             keys, values = (torch.cat(rows) for rows in zip(memory, (keys, values)))
         return attend_fused(queries, keys, values, bias, p)
-    rows = len(keys) + (len(memory[0]) if memory else 0)
+    total = len(keys) + (len(memory[0]) if memory else 0)
     limit = MAX_SCORES_ON_CPU if queries.device.type == "cpu" else MAX_SCORES
-    some = max(1, limit // (len(queries) * rows))
-    if queries.size(1) <= some:
-        return attend_reference(queries, keys, values, bias, p, memory)
-    # Some heads at a time, whose scores are computed anew for their gradient: those of all would
-    # fill the memory.
-    queries, keys, values, *memory = (x.split(some, 1) for x in (queries, keys, values, *memory))
-    biases = [bias] * len(queries) if bias.dim() == 2 else bias.split(some)
-    memory = [*zip(*memory)] or [()] * len(queries)
+    heads = max(1, limit // (len(queries) * total))
+    if queries.size(1) <= heads:
+        return attend_unfused(queries, keys, values, bias, p, memory)
+    # The scores of all heads would fill the memory. Take some heads at a time, and recompute their
+    # scores for the gradient.
+    queries, keys, values, *memory = (x.split(heads, 1) for x in (queries, keys, values, *memory))
+    biases = [bias] * len(queries) if bias.dim() == 2 else bias.split(heads)
+    memories = [*zip(*memory)] or [()] * len(queries)
     pieces = [
-        checkpoint(attend_reference, *inputs, p, old, use_reentrant=False)
-        for *inputs, old in zip(queries, keys, values, biases, memory)
+        checkpoint(attend_unfused, *inputs, p, remembered, use_reentrant=False)
+        for *inputs, remembered in zip(queries, keys, values, biases, memories)
     ]
     return torch.cat(pieces, 1)
 
 
-def prefers_products(queries):
-    """Whether :func:`attend_reference` is faster than torch's fused form: in training on CPU, since
-    the fused one's dropout draws on one thread; and on a GPU where heads are wide, since its
-    kernels are made for narrow ones."""
+def _unfused_is_faster(queries):
+    """Whether :func:`attend_unfused` is faster than torch's fused kernels. It is for training on a
+    CPU, where their dropout draws on one thread, and for wide heads on a GPU, because they are made
+    for narrow ones."""
     if queries.device.type == "cpu":
         return torch.is_grad_enabled()
     return queries.size(-1) > WIDEST_FUSED
 
 
 def attend_fused(queries, keys, values, bias, p=0.0):
-    """:func:`attend`, by torch's scaled dot product attention."""
+    """:func:`attend` by torch's scaled dot-product attention."""
     if bias.dim() == 3:
-        # A view such as causal_relative gives may begin where CUDA kernels cannot read it.
+        # A view such as causal_relative_bias gives may begin where CUDA kernels cannot read it.
         bias = bias.clone(memory_format=torch.contiguous_format).unsqueeze(1)
-    mixed = F.scaled_dot_product_attention(
+    mix = F.scaled_dot_product_attention(
         *(x.transpose(0, 1).unsqueeze(1) for x in (queries, keys, values)),
         attn_mask=bias,
         dropout_p=p,
     )
-    return mixed.squeeze(1).transpose(0, 1)
+    return mix.squeeze(1).transpose(0, 1)
 
 
-def attend_reference(queries, keys, values, bias, p=0.0, memory=()):
-    """:func:`attend`, written out."""
+def attend_unfused(queries, keys, values, bias, p=0.0, memory=()):
+    """:func:`attend` by matrix products and a softmax."""
     queries, keys, values, *memory = (x.transpose(0, 1) for x in (queries, keys, values, *memory))
     queries = queries * queries.size(-1) ** -0.5
     scores = torch.baddbmm(bias, queries, keys.transpose(1, 2))
     if memory:
         old_keys, old_values = memory
         scores = torch.cat([torch.bmm(queries, old_keys.transpose(1, 2)), scores], -1)
-    # Named, or mixed precision would take float32, which the product with the values undoes.
+    # Without a type, autocast would compute in float32, only for the product to round again.
     weights = dropout(scores.softmax(-1, dtype=scores.dtype), p)
     if not memory:
         return torch.bmm(weights, values).transpose(0, 1)
-    of_old, of_own = weights.split([old_keys.size(1), keys.size(1)], -1)
-    return torch.baddbmm(torch.bmm(of_old, old_values), of_own, values).transpose(0, 1)
+    old_weights, own_weights = weights.split([old_keys.size(1), keys.size(1)], -1)
+    mix = torch.baddbmm(torch.bmm(old_weights, old_values), own_weights, values)
+    return mix.transpose(0, 1)
 
 
-def causal(queries, keys, same_length=None):
-    """A bias by which position ``t`` of the segment sees the memory and positions 0 to ``t``, or of
-    these only the last ``same_length``: ``[T, K]``, of the type of ``queries``."""
+def causal_bias(queries, keys, same_length=None):
+    """A bias by which position ``t`` of the segment sees the memory and positions 0 to ``t``, or
+    only the last ``same_length`` of these: ``[T, K]``, of the type of ``queries``."""
     memory = keys.size(0) - queries.size(0)
     row = torch.arange(queries.size(0), device=queries.device).unsqueeze(1) + memory
     column = torch.arange(keys.size(0), device=queries.device)
@@ -102,18 +106,21 @@ def causal(queries, keys, same_length=None):
     return bias.masked_fill(hidden, float("-inf"))
 
 
-def causal_relative(queries, positions, same_length=None):
-    """A bias from relative positions: ``q_t . r_(distance)``, minus infinity for what comes later.
+def causal_relative_bias(queries, positions, same_length=None):
+    """The part of the attention scores that depends on relative positions, with minus infinity for
+    positions that come later.
 
-    The scores of all distances are computed by one product; reading them with rows one shorter
-    than they are, from the right place, moves row ``t`` by ``t`` columns, so that each finds its
-    own distances without a copy (the shift of arXiv 1901.02860, appendix B).
+    These are the terms (b) and (d) of Transformer-XL's ``A^rel_(i,j)`` (arXiv 1901.02860, section
+    3.3), ``q_i . r_(i-j)``. They are computed as in its appendix B: one product gives the scores of
+    all queries for all distances, and row ``i`` of these is shifted to the left by ``T - 1 - i``
+    columns. Here the shift copies nothing: the scores are read from element ``T - 1`` on, with rows
+    that are one element shorter.
 
     Args:
-        queries (Tensor): ``[T, N, d]``, scaled
+        queries (Tensor): ``[T, N, d]``, scaled, with the bias of term (d) added
         positions (Tensor): ``r`` of the distances ``K - 1`` down to -1, ``[K + 1, heads, d]``;
             that of -1 is never seen
-        same_length (int): see only so many keys, itself included; None for all
+        same_length (int): how many keys a query sees, itself included; None for all
 
     Returns:
         Tensor ``[N, T, K]``: a view
@@ -123,36 +130,30 @@ def causal_relative(queries, positions, same_length=None):
     scores = torch.matmul(heads, positions.permute(1, 2, 0)).flatten(0, 1)
     row = torch.arange(length, device=scores.device).unsqueeze(1)
     column = torch.arange(total + 1, device=scores.device)
-    # In row t the first T - 1 - t columns are moved out, to become the future of the row before.
+    # The shift moves the first T - 1 - i columns of row i to the end of the row before, where they
+    # stand for later positions.
     hidden = (column < length - 1 - row) | (column == total)
     if same_length is not None:
         hidden = hidden | (column < total - same_length)
-    with torch.no_grad():  # a hidden score's weight is 0, and so is its gradient without our help
+    with torch.no_grad():  # softmax makes the gradient of a hidden score 0 by itself
         scores.masked_fill_(hidden, float("-inf"))
     flat = scores.flatten(1)[:, length - 1 : length - 1 + length * total]
     return flat.unflatten(1, (length, total))
 
 
-def band(scores, outside):
-    """Move row ``t`` by ``t`` columns to the right: scores of a window that slides with ``t``
-    become scores of all keys.
+def skew(scores, outside):
+    """Shift row ``t`` by ``t`` columns to the right: the scores of a window that moves with ``t``
+    become the scores of all keys.
 
     Args:
         scores (Tensor): ``[N, T, L]``
-        outside (float): what to fill in for keys outside the window
+        outside (float): value for the keys outside the window
 
     Returns:
         Tensor ``[N, T, L + T - 1]``: a view of a padded copy
     """
     _, length, width = scores.shape
     total = width + length - 1
-    # Read with rows one shorter than they are, each row begins one column later than the last.
+    # Read with rows that are one element shorter, each row begins one column later than the last.
     flat = F.pad(scores, (0, length), value=outside).flatten(1)[:, : length * total]
     return flat.unflatten(1, (length, total))
-
-
-def last_rows(memory, segment, number):
-    """The memory that the next segment finds: the last so many rows of memory and segment."""
-    # Sizes may be unknown, while a model is exported: hence sym_max for max, and not len.
-    old = torch.sym_max(memory.size(0) + segment.size(0) - number, 0)
-    return torch.cat([memory[old:], segment[torch.sym_max(old - memory.size(0), 0) :]])

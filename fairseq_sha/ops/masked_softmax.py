@@ -8,7 +8,7 @@ EPS = 1e-8
 def masked_softmax(scores, mask):
     """``a = p / (sum(p) + 1e-8)`` with ``p = softmax(scores) * mask``, over the last dimension.
 
-    It is computed in float32 or wider: in half precision the small number would be 0.
+    It is computed in float32 or wider, because 1e-8 is 0 in half precision.
 
     Args:
         scores (Tensor): ``[B, heads, T, K]``
@@ -21,14 +21,8 @@ def masked_softmax(scores, mask):
     return _MaskedSoftmax.apply(scores.to(wide), mask.to(wide)).to(scores.dtype)
 
 
-def masked_softmax_reference(scores, mask):
-    """:func:`masked_softmax`, written out."""
-    masked = scores.softmax(-1) * mask
-    return masked / (masked.sum(-1, keepdim=True) + EPS)
-
-
 class _MaskedSoftmax(torch.autograd.Function):
-    """The gradient in a third of the passes over ``[B, heads, T, K]`` that autograd makes."""
+    """Its gradient takes a third of the passes over ``[B, heads, T, K]`` that autograd makes."""
 
     @staticmethod
     def forward(ctx, scores, mask):
@@ -42,10 +36,12 @@ class _MaskedSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         softmax, mask, weights, total = ctx.saved_tensors
-        # Of softmax * mask: the quotient's gradient.
-        of_masked = gradient - (gradient * weights).sum(-1, keepdim=True)
-        of_masked.div_(total)
-        of_mask = (of_masked * softmax).sum(0)
-        of_softmax = of_masked.mul_(mask)
-        of_scores = of_softmax.sub_((of_softmax * softmax).sum(-1, keepdim=True)).mul_(softmax)
-        return of_scores, of_mask
+        # The gradient of the quotient with respect to softmax * mask.
+        grad_masked = gradient - (gradient * weights).sum(-1, keepdim=True)
+        grad_masked.div_(total)
+        grad_mask = (grad_masked * softmax).sum(0)
+        grad_softmax = grad_masked.mul_(mask)
+        grad_scores = grad_softmax.sub_((grad_softmax * softmax).sum(-1, keepdim=True)).mul_(
+            softmax
+        )
+        return grad_scores, grad_mask

@@ -1,4 +1,4 @@
-"""Recurrences as Triton kernels: a program for each block of columns, sequential in time."""
+"""Recurrences as Triton kernels. Each program runs one block of columns through all time steps."""
 
 import torch
 import triton
@@ -19,8 +19,8 @@ def _scan(a, b, h0, states, steps, columns, first, stride, BLOCK: tl.constexpr):
         at += stride
 
 
-def scan(a, b, h0, reverse=False, out=None):
-    """:func:`fairseq_sha.ops.linear_recurrence.scan` in one kernel."""
+def triton_scan(a, b, h0, reverse=False, out=None):
+    """:func:`fairseq_sha.ops.linear_recurrence.scan`, in one kernel."""
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
     states = torch.empty_like(b) if out is None else out
     steps, columns = len(a), h0.numel()
@@ -32,7 +32,8 @@ def scan(a, b, h0, reverse=False, out=None):
 
 
 def _last_row(steps, columns):
-    """Where the last step's row begins: passed to kernels, which would overflow computing it."""
+    """Where the row of the last step begins. Kernels get it as an argument, because their 32-bit
+    arithmetic could overflow."""
     return (steps - 1) * columns
 
 
@@ -69,8 +70,8 @@ def _sru_forward(
 
 
 def sru_forward(u, x, weight, bias, c0, mask):
-    """Outputs, of the type of ``x``, of :func:`fairseq_sha.ops.sru`, and its states, ``c0`` and
-    those that follow: ``[T + 1, B, D]``."""
+    """The outputs of :func:`fairseq_sha.ops.sru`, of the type of ``x``, and all states, beginning
+    with ``c0``: ``[T + 1, B, D]``."""
     o, states = torch.empty_like(x), c0.new_empty(len(x) + 1, *c0.shape)
     sizes = len(u), c0.numel(), c0.size(-1)
     grid = (triton.cdiv(c0.numel(), BLOCK),)
@@ -81,8 +82,8 @@ def sru_forward(u, x, weight, bias, c0, mask):
 
 @triton.jit
 def _sru_backward(
-    u, x, weight, bias, mask, states, of_o, of_last,
-    of_u, of_x, of_c0, of_parameters, steps, columns, width, last, BLOCK: tl.constexpr,
+    u, x, weight, bias, mask, states, grad_o, grad_last,
+    grad_u, grad_x, grad_c0, grad_parameters, steps, columns, width, last, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -90,13 +91,13 @@ def _sru_backward(
     v_f, v_r = _load_pair(weight, unit, width, inside)
     b_f, b_r = _load_pair(bias, unit, width, inside)
     kept = tl.load(mask + column, mask=inside)
-    of_c = tl.load(of_last + column, mask=inside)  # what the steps that follow ask of the state
+    grad_c = tl.load(grad_last + column, mask=inside)  # from the steps that follow
     at = last + column
     c = tl.load(states + at + columns, mask=inside)
-    of_v_f = tl.zeros_like(c)
-    of_v_r = tl.zeros_like(c)
-    of_b_f = tl.zeros_like(c)
-    of_b_r = tl.zeros_like(c)
+    grad_v_f = tl.zeros_like(c)
+    grad_v_r = tl.zeros_like(c)
+    grad_b_f = tl.zeros_like(c)
+    grad_b_r = tl.zeros_like(c)
     for _ in range(steps):
         before = tl.load(states + at, mask=inside)
         from_u = 3 * at - 2 * unit
@@ -104,51 +105,52 @@ def _sru_backward(
         u1 = tl.load(u + from_u + width, mask=inside).to(c.dtype)
         u2 = tl.load(u + from_u + 2 * width, mask=inside).to(c.dtype)
         x_t = tl.load(x + at, mask=inside).to(c.dtype)
-        of_o_t = tl.load(of_o + at, mask=inside).to(c.dtype)
+        grad_o_t = tl.load(grad_o + at, mask=inside).to(c.dtype)
         f = 1 / (1 + tl.exp(-(u1 + v_f * before + b_f)))
         r = 1 / (1 + tl.exp(-(u2 + v_r * before + b_r)))
-        through_c = of_o_t * kept * r
-        of_c += through_c
-        of_f = of_c * (before - u0) * f * (1 - f)
-        of_r = of_o_t * kept * (c - x_t) * r * (1 - r)
-        tl.store(of_x + at, of_o_t - through_c, mask=inside)
-        tl.store(of_u + from_u, of_c * (1 - f), mask=inside)
-        tl.store(of_u + from_u + width, of_f, mask=inside)
-        tl.store(of_u + from_u + 2 * width, of_r, mask=inside)
-        of_v_f += of_f * before
-        of_v_r += of_r * before
-        of_b_f += of_f
-        of_b_r += of_r
-        of_c = of_c * f + of_f * v_f + of_r * v_r
+        through_c = grad_o_t * kept * r
+        grad_c += through_c
+        grad_f = grad_c * (before - u0) * f * (1 - f)
+        grad_r = grad_o_t * kept * (c - x_t) * r * (1 - r)
+        tl.store(grad_x + at, grad_o_t - through_c, mask=inside)
+        tl.store(grad_u + from_u, grad_c * (1 - f), mask=inside)
+        tl.store(grad_u + from_u + width, grad_f, mask=inside)
+        tl.store(grad_u + from_u + 2 * width, grad_r, mask=inside)
+        grad_v_f += grad_f * before
+        grad_v_r += grad_r * before
+        grad_b_f += grad_f
+        grad_b_r += grad_r
+        grad_c = grad_c * f + grad_f * v_f + grad_r * v_r
         c = before
         at -= columns
-    tl.store(of_c0 + column, of_c, mask=inside)
-    tl.store(of_parameters + column, of_v_f, mask=inside)
-    tl.store(of_parameters + columns + column, of_v_r, mask=inside)
-    tl.store(of_parameters + 2 * columns + column, of_b_f, mask=inside)
-    tl.store(of_parameters + 3 * columns + column, of_b_r, mask=inside)
+    tl.store(grad_c0 + column, grad_c, mask=inside)
+    tl.store(grad_parameters + column, grad_v_f, mask=inside)
+    tl.store(grad_parameters + columns + column, grad_v_r, mask=inside)
+    tl.store(grad_parameters + 2 * columns + column, grad_b_f, mask=inside)
+    tl.store(grad_parameters + 3 * columns + column, grad_b_r, mask=inside)
 
 
-def sru_backward(u, x, weight, bias, mask, states, of_o, of_last):
-    """Gradients of u, x, weight, bias and c0 from those of the outputs and the last state."""
-    of_o, of_last = of_o.contiguous(), of_last.contiguous()
-    of_u, of_x, of_c0 = torch.empty_like(u), torch.empty_like(x), torch.empty_like(of_last)
-    of_parameters = of_c0.new_empty(4, *of_c0.shape)  # of each stream
-    steps, columns, width = len(u), of_c0.numel(), of_c0.size(-1)
+def sru_backward(u, x, weight, bias, mask, states, grad_o, grad_last):
+    """The gradients of u, x, weight, bias and c0, given those of the outputs and the last state."""
+    grad_o, grad_last = grad_o.contiguous(), grad_last.contiguous()
+    grad_u, grad_x, grad_c0 = torch.empty_like(u), torch.empty_like(x), torch.empty_like(grad_last)
+    grad_parameters = grad_c0.new_empty(4, *grad_c0.shape)  # for each stream
+    steps, columns, width = len(u), grad_c0.numel(), grad_c0.size(-1)
     sizes = steps, columns, width, _last_row(steps, columns)
-    grid = (triton.cdiv(of_c0.numel(), BLOCK),)
+    grid = (triton.cdiv(grad_c0.numel(), BLOCK),)
     with torch.cuda.device_of(u):
         _sru_backward[grid](
-            u, x, weight, bias, mask, states, of_o, of_last,
-            of_u, of_x, of_c0, of_parameters, *sizes, BLOCK=BLOCK,
+            u, x, weight, bias, mask, states, grad_o, grad_last,
+            grad_u, grad_x, grad_c0, grad_parameters, *sizes, BLOCK=BLOCK,
         )  # fmt: skip
-    of_weight, of_bias = of_parameters.sum(1).split(2)
-    return of_u, of_x, of_weight, of_bias, of_c0
+    grad_weight, grad_bias = grad_parameters.sum(1).split(2)
+    return grad_u, grad_x, grad_weight, grad_bias, grad_c0
 
 
-class SRU(torch.autograd.Function):
-    """:func:`fairseq_sha.ops.sru`, in one kernel forward and one backward. ``u`` and ``x`` may be
-    in half precision; the rest is in the state's. The gates are computed anew for the gradient."""
+class TritonSRURecurrence(torch.autograd.Function):
+    """:func:`fairseq_sha.ops.sru`, in one forward and one backward kernel. ``u`` and ``x`` may be
+    in half precision; the others have the type of the state. The backward kernel recomputes the
+    gates."""
 
     @staticmethod
     def forward(ctx, u, x, weight, bias, c0, mask):
@@ -158,5 +160,5 @@ class SRU(torch.autograd.Function):
         return o, states[-1].clone()
 
     @staticmethod
-    def backward(ctx, of_o, of_last):
-        return (*sru_backward(*ctx.saved_tensors, of_o, of_last), None)
+    def backward(ctx, grad_o, grad_last):
+        return (*sru_backward(*ctx.saved_tensors, grad_o, grad_last), None)

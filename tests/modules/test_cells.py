@@ -1,9 +1,12 @@
 """Recurrent cells against golden numbers, torch, and their equations."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from fairseq_sha.modules import LSTM, SRU, LayerNormLSTM, MinGRU, MinLSTM
+from fairseq_sha.ops import dropout
 from tests.conftest import golden_cases
 
 CASES = golden_cases("min_rnn")
@@ -17,51 +20,59 @@ CELLS = {
 }
 
 
-def golden_cell(name):
-    case = CASES[name]
-    names = {"to_hidden_and_gate": "input", "to_hidden_and_f_i_gate": "input", "to_out": "output"}
-    weights = {}
+# Our name of each linear map of the published code; the first one also tells which cell it is.
+PUBLISHED_NAMES = {
+    "to_hidden_and_gate": "input",
+    "to_hidden_and_f_i_gate": "input",
+    "to_out": "output",
+}
+
+
+def tensors(case, kind):
+    """The parameters of a golden case, or their gradients, under our names."""
+    found = {}
     for key, value in case.items():
-        if key.startswith("param/"):
-            module, kind = key[len("param/") :].rsplit(".", 1)
-            weights[f"{names[module]}.{kind}"] = value
-    width = case["input"].size(-1)
-    expansion = case["last_hidden"].size(-1) / width
-    cell = (MinLSTM if name.startswith("min_lstm") else MinGRU)(width, expansion)
-    cell.load_state_dict(weights)
-    return cell, {
-        f"{names[k.split('/')[1].split('.')[0]]}.weight": v
-        for k, v in case.items()
-        if k.startswith("grad/")
-    }
+        if key.startswith(f"{kind}/"):
+            name, suffix = key[len(f"{kind}/") :].rsplit(".", 1)
+            found[f"{PUBLISHED_NAMES[name]}.{suffix}"] = value
+    return found
+
+
+def golden_cell(case):
+    """The cell of a golden case, told by its parameters' names and shapes."""
+    cell = MinLSTM if "param/to_hidden_and_f_i_gate.weight" in case else MinGRU
+    width, state_width = case["input"].size(-1), case["last_hidden"].size(-1)
+    # The width of the state is rounded down, hence the half.
+    cell = cell(width, 1 if state_width == width else (state_width + 0.5) / width)
+    cell.load_state_dict(tensors(case, "param"))
+    return cell
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_published_recurrence(name):
     case = CASES[name]
-    cell, gradients = golden_cell(name)
-    x = case["input"].transpose(0, 1)
-    out, state = cell(x, {})
+    cell, expected = golden_cell(case), tensors(case, "grad")
+    out, state = cell(case["input"].transpose(0, 1), {})
     torch.testing.assert_close(out.transpose(0, 1), case["output"], atol=1e-4, rtol=0)
     torch.testing.assert_close(state["h"][0], case["last_hidden"], atol=1e-4, rtol=0)
     out.pow(2).mean().backward()
-    own = {key: p.grad for key, p in cell.named_parameters()}
-    assert set(own) == set(gradients)
-    for key, gradient in own.items():
-        bound = 1e-3 * gradients[key].abs().max() + 1e-8
-        assert (gradient - gradients[key]).abs().max() <= bound, key
+    gradients = {name: parameter.grad for name, parameter in cell.named_parameters()}
+    assert set(gradients) == set(expected)
+    for name, gradient in gradients.items():
+        bound = 1e-3 * expected[name].abs().max() + 1e-8
+        assert (gradient - expected[name]).abs().max() <= bound, name
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_published_recurrence_when_cut(name):
     case = CASES[name]
-    cell, _ = golden_cell(name)
-    outputs, state = [], {}
-    for piece in case["input"].transpose(0, 1).split([int(n) for n in case["segments"]]):
+    cell, outputs, state = golden_cell(case), [], {}
+    for piece in case["input"].transpose(0, 1).split(case["segments"].tolist()):
         out, state = cell(piece, state)
         outputs.append(out)
     out = torch.cat(outputs).transpose(0, 1)
     torch.testing.assert_close(out, case["output"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(state["h"][0], case["last_hidden"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -88,6 +99,62 @@ def test_lstm_is_torch_s_bit_for_bit():
     out, state = ours(x, {})
     expected, (h, c) = theirs(x)
     assert torch.equal(out, expected) and torch.equal(state["h"], h) and torch.equal(state["c"], c)
+
+
+def test_lstm_may_have_another_width_inside():
+    cell = LSTM(8, 5)
+    out, state = cell(torch.randn(4, 3, 8), {})
+    assert out.shape == (4, 3, 5) and state["h"].shape == state["c"].shape == (1, 3, 5)
+
+
+def test_dropped_recurrent_weights_differ_from_the_second_step_on():
+    cell, x = LSTM(8, weight_dropout=0.5), torch.randn(5, 3, 8)
+    (first, _), (second, _) = (cell(x, {}, training=True) for _ in range(2))
+    assert torch.equal(first[0], second[0])  # h_0 is zero, so W_hh does not count yet
+    assert ((first[1:] - second[1:]).flatten(1).abs().max(1).values > 1e-3).all()
+
+
+def test_dropped_recurrent_weights_have_one_mask_for_all_steps_and_streams():
+    torch.manual_seed(3)
+    dropped = LSTM(8, weight_dropout=0.5)
+    plain = deepcopy(dropped)
+    plain.weight_dropout = 0.0
+    x = torch.randn(5, 3, 8)
+    torch.manual_seed(4)
+    out, state = dropped(x, {}, training=True)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        plain.weight_hh_l0.copy_(dropout(dropped.weight_hh_l0, 0.5))
+    expected, expected_state = plain(x, {}, training=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(state, expected_state)
+
+
+def test_no_recurrent_weight_is_dropped_in_evaluation():
+    cell = LSTM(8, weight_dropout=0.5)
+    plain = LSTM(8)
+    plain.load_state_dict(cell.state_dict())
+    x = torch.randn(5, 3, 8)
+    before = {name: value.clone() for name, value in cell.state_dict().items()}
+    cell(x, {}, training=True)
+    assert all(torch.equal(value, before[name]) for name, value in cell.state_dict().items())
+    for training in (False, True):
+        out, state = cell(x, {}, training=False)
+        expected, expected_state = plain(x, {}, training)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(state[name], expected_state[name]) for name in state)
+
+
+def test_gradient_reaches_the_recurrent_weights_that_were_kept():
+    cell, x = LSTM(8, weight_dropout=0.5), torch.randn(5, 3, 8)
+    torch.manual_seed(4)
+    out, _ = cell(x, {}, training=True)
+    out.pow(2).sum().backward()
+    torch.manual_seed(4)
+    kept = dropout(torch.ones_like(cell.weight_hh_l0), 0.5) != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    assert torch.equal(cell.weight_hh_l0.grad != 0, kept)
+    assert (cell.weight_ih_l0.grad != 0).all()
 
 
 def layer_norm(x, gain, bias):
@@ -117,21 +184,21 @@ def test_layer_norm_lstm_equals_its_equations():
 def test_state_decays_in_half_precision_too(cell):
     """A gate that keeps 99.9 % would be 1 in bfloat16, and the state a sum without end."""
     cell = cell(1).to(torch.bfloat16)
-    rows = [0.5, -6.9] if cell.gates == 1 else [0.5, 0.0, -6.9]  # candidate and gates
+    rows = [0.5, -6.9] if cell.num_gates == 1 else [0.5, 0.0, -6.9]  # candidate and gates
     with torch.no_grad():
         cell.input.weight.copy_(torch.tensor(rows).unsqueeze(1))
     _, state = cell(torch.ones(20000, 1, 1, dtype=torch.bfloat16), {})
-    # keep + take = 1, so the state tends to what is taken, g(0.5) = 1.
+    # Both gates sum to 1, so the state tends to g(0.5) = 1.
     assert state["h"].item() == pytest.approx(1, abs=1e-2)
 
 
 def test_min_lstm_gates_that_are_both_shut_do_not_divide_by_zero():
-    keep, take = MinLSTM(2).keep_and_take(torch.tensor(-300.0), torch.tensor(-301.0))
-    assert keep.item() == pytest.approx(1 / (1 + torch.tensor(-1.0).exp().item()))
-    assert (keep + take).item() == pytest.approx(1)
+    f, i = MinLSTM(2).forget_and_input_gates(torch.tensor(-300.0), torch.tensor(-301.0))
+    assert f.item() == pytest.approx(1 / (1 + torch.tensor(-1.0).exp().item()))
+    assert (f + i).item() == pytest.approx(1)
 
 
-def test_sru_has_its_maps_one_after_the_other_and_starts_as_the_paper_has_it():
+def test_sru_orders_its_maps_and_starts_as_in_the_paper():
     torch.manual_seed(1)
     cell = SRU(300)
     assert cell.weight.min() < -0.9 and cell.weight.max() > 0.9 and cell.weight.abs().max() <= 1
@@ -144,6 +211,6 @@ def test_sru_has_its_maps_one_after_the_other_and_starts_as_the_paper_has_it():
         f, r = torch.sigmoid(u1[t] + v_f * c + b_f), torch.sigmoid(u2[t] + v_r * c + b_r)
         c = u0[t] + (c - u0[t]) * f
         expected.append(x[t] + (c - x[t]) * r)
-    out, left = cell(x, {})
+    out, state = cell(x, {})
     torch.testing.assert_close(out, torch.stack(expected), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(left["c"][0], c, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(state["c"][0], c, atol=1e-5, rtol=1e-4)

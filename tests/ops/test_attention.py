@@ -3,25 +3,11 @@ import sys
 import pytest
 import torch
 
-from fairseq_sha.ops import attend, attend_reference, band, causal, causal_relative
-from fairseq_sha.ops.attention import attend_fused
+from fairseq_sha.ops import attend, causal_bias, causal_relative_bias, skew
+from fairseq_sha.ops.attention import attend_fused, attend_unfused
+from fairseq_sha.ops.oracles import attend_reference
 
 ATTENTION = sys.modules[attend.__module__]
-
-
-def by_hand(queries, keys, values, bias=None):
-    """One position and stream at a time; a position sees the memory and what is not later."""
-    length, streams, width = queries.shape
-    memory = len(keys) - length
-    out = torch.zeros_like(queries)
-    for t in range(length):
-        for b in range(streams):
-            seen = slice(0, memory + t + 1)
-            scores = keys[seen, b] @ queries[t, b] / width**0.5
-            if bias is not None:
-                scores = scores + bias[b, t, seen]
-            out[t, b] = scores.softmax(0) @ values[seen, b]
-    return out
 
 
 def tensors(memory, length=5, streams=3, width=8):
@@ -38,37 +24,38 @@ def check_value_and_gradient(actual, expected, inputs):
     )
 
 
-def apart(queries, keys, values, bias, p=0.0):
-    """:func:`attend` with what comes before the segment as its memory."""
-    old = len(keys) - len(queries)
-    memory = keys[:old], values[:old]
-    return attend(queries, keys[old:], values[old:], bias[..., old:], p, memory)
+def with_memory(queries, keys, values, bias, p=0.0):
+    """:func:`attend` with the rows before the segment as its memory."""
+    rows = len(keys) - len(queries)
+    memory = keys[:rows], values[:rows]
+    return attend(queries, keys[rows:], values[rows:], bias[..., rows:], p, memory)
 
 
-FORMS = [attend, attend_fused, attend_reference, apart]
+FORMS = [attend, attend_fused, attend_unfused, with_memory]
 
 
 @pytest.mark.parametrize("memory", [0, 1, 9])
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_definition_in_value_and_gradient(form, memory):
     inputs = tensors(memory)
-    actual = form(*inputs, causal(*inputs[:2]))
-    check_value_and_gradient(actual, by_hand(*inputs), inputs)
+    bias = causal_bias(*inputs[:2])
+    check_value_and_gradient(form(*inputs, bias), attend_reference(*inputs, bias), inputs)
 
 
-@pytest.mark.parametrize("form", [attend, attend_fused, attend_reference])
+@pytest.mark.parametrize("form", [attend, attend_fused, attend_unfused])
 def test_a_bias_of_each_head_counts(form):
     inputs = tensors(memory=4)
     bias = torch.randn(3, 5, 9, dtype=torch.double, requires_grad=True)
-    actual = form(*inputs, bias + causal(*inputs[:2]))
-    check_value_and_gradient(actual, by_hand(*inputs, bias), [*inputs, bias])
+    both = bias + causal_bias(*inputs[:2])
+    expected = attend_reference(*inputs, both)
+    check_value_and_gradient(form(*inputs, both), expected, [*inputs, bias])
 
 
 @pytest.mark.parametrize("same_length", [1, 3, 50])
 @pytest.mark.parametrize("memory", [0, 6])
 def test_causal_bias_may_be_a_band(memory, same_length):
     queries, keys = torch.zeros(5, 2, 4), torch.zeros(memory + 5, 2, 4)
-    bias = causal(queries, keys, same_length)
+    bias = causal_bias(queries, keys, same_length)
     for t in range(5):
         seen = [j for j in range(memory + 5) if 0 <= memory + t - j < same_length]
         assert (bias[t] == 0).nonzero().flatten().tolist() == seen
@@ -77,14 +64,14 @@ def test_causal_bias_may_be_a_band(memory, same_length):
 
 def test_forms_agree_without_gradient():
     inputs = [tensor.float() for tensor in tensors(memory=9)]
-    bias = causal(*inputs[:2])
+    bias = causal_bias(*inputs[:2])
     with torch.no_grad():
         torch.testing.assert_close(attend(*inputs, bias), attend_reference(*inputs, bias))
 
 
 def test_dropout_is_not_renormalised():
     queries, keys, values = tensors(memory=20)
-    bias = causal(queries, keys)
+    bias = causal_bias(queries, keys)
     mean = torch.stack([attend(queries, keys, values, bias, p=0.3) for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, attend(queries, keys, values, bias), atol=0.05, rtol=0)
     ones = torch.ones_like(values)
@@ -107,26 +94,26 @@ def test_relative_bias_equals_its_definition(length, memory, same_length):
                 if 0 <= distance < (same_length or total):
                     r = positions[total - 1 - distance, n % heads]
                     expected[n, i, j] = queries[i, n] @ r
-    actual = causal_relative(queries, positions, same_length)
+    actual = causal_relative_bias(queries, positions, same_length)
     check_value_and_gradient(actual.softmax(-1), expected.softmax(-1), [queries, positions])
     assert torch.equal(actual.isinf(), expected.isinf())
 
 
 @pytest.mark.parametrize("length", [1, 4])
-def test_band_moves_each_row_by_one_more(length):
+def test_skew_shifts_each_row_by_one_more(length):
     scores = torch.randn(3, length, 6, dtype=torch.double, requires_grad=True)
     expected = torch.full((3, length, 6 + length - 1), 0.5, dtype=torch.double)
     for t in range(length):
         expected[:, t, t : t + 6] = scores[:, t]
-    check_value_and_gradient(band(scores, 0.5), expected, [scores])
+    check_value_and_gradient(skew(scores, 0.5), expected, [scores])
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("heads", [0, 1, 2])
-@pytest.mark.parametrize("form", [attend, apart])
+@pytest.mark.parametrize("form", [attend, with_memory])
 def test_many_scores_are_computed_in_pieces(monkeypatch, shared, heads, form):
     inputs = tensors(memory=4)
-    bias = causal(*inputs[:2])
+    bias = causal_bias(*inputs[:2])
     if not shared:
         own = torch.randn(3, 5, 5, dtype=torch.double, requires_grad=True)
         bias = bias + torch.nn.functional.pad(own, (4, 0))
@@ -138,16 +125,16 @@ def test_many_scores_are_computed_in_pieces(monkeypatch, shared, heads, form):
 
 def test_memory_is_seen_by_the_fused_form_too():
     queries, keys, values = (x.detach() for x in tensors(memory=4))
-    bias = causal(queries, keys)
+    bias = causal_bias(queries, keys)
     with torch.no_grad():
-        found = apart(queries, keys, values, bias)
-        torch.testing.assert_close(found, by_hand(queries, keys, values))
+        found = with_memory(queries, keys, values, bias)
+        torch.testing.assert_close(found, attend_reference(queries, keys, values, bias))
 
 
 def test_pieces_have_the_same_dropout_in_both_passes(monkeypatch):
     queries, keys, values = tensors(memory=4)
     monkeypatch.setattr(ATTENTION, "MAX_SCORES_ON_CPU", 2 * 5 * 9)
-    mixed = attend(queries, keys, values, causal(queries, keys), p=0.5)
+    mixed = attend(queries, keys, values, causal_bias(queries, keys), p=0.5)
     weight = torch.randn_like(mixed)
     (actual,) = torch.autograd.grad((mixed * weight).sum(), values)
     # The mix is linear in the values, so that its gradient says what was computed.
@@ -166,7 +153,7 @@ def test_training_with_a_long_window_holds_no_scores():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        mixed = attend(queries, keys, values, causal(queries, keys), p=0.1)
+        mixed = attend(queries, keys, values, causal_bias(queries, keys), p=0.1)
     assert sum(held.values()) < 8 * 256 * 70000 * 4 / 4  # most of it the bias
     mixed.sum().backward()
     assert queries.grad.isfinite().all()

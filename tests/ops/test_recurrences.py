@@ -1,4 +1,4 @@
-"""The recurrences' forms against each other, in value and gradient."""
+"""The recurrences against their definitions, in value and gradient."""
 
 import importlib.util
 import os
@@ -9,10 +9,9 @@ from importlib import metadata
 import pytest
 import torch
 
-from fairseq_sha.ops import (
-    linear_recurrence,
+from fairseq_sha.ops import linear_recurrence, sru
+from fairseq_sha.ops.oracles import (
     linear_recurrence_reference,
-    sru,
     sru_reference,
 )
 
@@ -117,9 +116,9 @@ def test_bfloat16_inputs_have_a_float32_state():
 KERNELS = """
 import sys
 import torch
-from fairseq_sha.ops.linear_recurrence import scan_step_by_step
-from fairseq_sha.ops import sru_reference
-from fairseq_sha.ops.triton_kernels import SRU, scan
+from fairseq_sha.ops.linear_recurrence import cpu_scan
+from fairseq_sha.ops.oracles import sru_reference
+from fairseq_sha.ops.triton_kernels import TritonSRURecurrence, triton_scan
 
 torch.manual_seed(1)
 for dtype in (torch.float, torch.double):
@@ -130,16 +129,16 @@ for dtype in (torch.float, torch.double):
             # Views, as the gradient passes them.
             inputs = a[1:], b[:-1], h0, reverse
             if steps > 1:
-                expected, out = scan_step_by_step(*inputs), torch.full_like(a, 7)
-                torch.testing.assert_close(scan(*inputs), expected)
-                assert scan(*inputs, out=out[:-1]).data_ptr() == out.data_ptr()
+                expected, out = cpu_scan(*inputs), torch.full_like(a, 7)
+                torch.testing.assert_close(triton_scan(*inputs), expected)
+                assert triton_scan(*inputs, out=out[:-1]).data_ptr() == out.data_ptr()
                 torch.testing.assert_close(out, torch.cat([expected, torch.full_like(a[:1], 7)]))
-        torch.testing.assert_close(scan(a, b, h0), scan_step_by_step(a, b, h0))
+        torch.testing.assert_close(triton_scan(a, b, h0), cpu_scan(a, b, h0))
         shapes = (steps, streams, 3, width), (steps, streams, width), (2, width), (2, width)
         inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
         inputs.append(h0.requires_grad_())
         mask = 1.5 * torch.randint(2, h0.shape).to(dtype)
-        found, expected = SRU.apply(*inputs, mask), sru_reference(*inputs, mask)
+        found, expected = TritonSRURecurrence.apply(*inputs, mask), sru_reference(*inputs, mask)
         torch.testing.assert_close(found, expected)
         weights = [torch.randn_like(tensor) for tensor in expected]
         found, expected = (
@@ -153,7 +152,7 @@ inputs = [torch.randn(shape) for shape in shapes]
 half = [tensor.half().requires_grad_() for tensor in inputs[:2]]
 wide = [tensor.detach().float().requires_grad_() for tensor in half]
 rest, mask = inputs[2:], torch.ones(2, 50)
-o, c = SRU.apply(*half, *rest, mask)
+o, c = TritonSRURecurrence.apply(*half, *rest, mask)
 expected = sru_reference(*wide, *rest, mask)
 assert o.dtype == torch.half and c.dtype == torch.float
 torch.testing.assert_close(o.float(), expected[0], atol=5e-3, rtol=5e-3)
@@ -171,7 +170,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fairseq_sha.ops import triton_kernels
-HALVES = "u", "x", "o", "of_o", "of_u", "of_x"
+HALVES = "u", "x", "o", "grad_o", "grad_u", "grad_x"
 NUMBERS = "steps", "columns", "width", "first", "stride", "last"
 for name in ("_scan", "_sru_forward", "_sru_backward"):
     kernel = getattr(triton_kernels, name)
@@ -198,7 +197,7 @@ def test_triton_kernels_in_the_interpreter():
 
 
 def test_triton_kernels_compile_for_a_gpu():
-    """Which the interpreter does not tell; it takes no GPU."""
+    """The interpreter does not show this. It needs no GPU."""
     check_with_triton(COMPILATION, "kernels compile\n")
 
 
