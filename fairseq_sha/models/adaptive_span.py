@@ -17,7 +17,7 @@ from fairseq_sha.checks import (
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
-from fairseq_sha.ops import band, dropout, last_rows, masked_softmax
+from fairseq_sha.ops import dropout, masked_softmax, next_memory, skew
 
 TRIM_TO_MULTIPLES_OF = 64
 
@@ -105,8 +105,8 @@ class AdaptiveAttention(nn.Module):
         )
         q = q / q.size(-1) ** 0.5
         from_positions = torch.matmul(q, key_positions[:, trimmed:])
-        scores = torch.baddbmm(band(from_positions, float("-inf")), q, k.transpose(1, 2))
-        mask = band(self.mask(trimmed).unsqueeze(1).expand(-1, len(h), -1), 0.0)
+        scores = torch.baddbmm(skew(from_positions, float("-inf")), q, k.transpose(1, 2))
+        mask = skew(self.mask(trimmed).unsqueeze(1).expand(-1, len(h), -1), 0.0)
         weights = masked_softmax(scores.unflatten(0, (-1, self.n_head)), mask).flatten(0, 1)
         mix = torch.bmm(dropout(weights, self.p, self.training), v)
         return self.output(mix.transpose(0, 1).reshape(h.shape))
@@ -146,9 +146,9 @@ class AdaptiveSpanLayer(nn.Module):
         rows = self.attn_span - (0 if self.training else trimmed)
         # Before the first token there are zeros, which are attended to like any other.
         cache = state["cache"] if state else h.new_zeros(rows, *h.shape[1:])
-        left = last_rows(cache, h, rows)
+        left = next_memory(cache, h, rows)
         h = self.norm_attention(h + self.attention(h, cache, key_positions, trimmed))
-        return self.norm_feed_forward(h + self.feed_forward(h)), {"cache": left}
+        return self.norm_feed_forward(h + self.feed_forward(h, self.training)), {"cache": left}
 
 
 class AdaptiveSpanDecoder(SegmentDecoder):

@@ -96,7 +96,7 @@ class MinRNNBlock(nn.Module):
             x, left = self.convolution(x, state)
         x, of_cell = self.cell(x, state)
         h = h + dropout(x, self.p, self.training)
-        wide = self.feed_forward(self.norm_feed_forward(h))
+        wide = self.feed_forward(self.norm_feed_forward(h), self.training)
         return h + dropout(wide, self.p, self.training), {**left, **of_cell}
 
 

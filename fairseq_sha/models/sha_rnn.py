@@ -21,7 +21,7 @@ from fairseq_sha.modules import (
     MinLSTM,
     SingleHeadAttention,
 )
-from fairseq_sha.ops import dropout
+from fairseq_sha.ops import dropout, last_rows, rows_to_attend
 
 CELLS = {
     "lstm": LSTM,
@@ -123,22 +123,15 @@ class SHARNNLayer(nn.Module):
         h = dropout(h, self.p, self.training)
         if self.attention is not None:
             own = self.norm_memory(h)
-            memory = self.visible(state["memory"], len(h)) if state else h[:0].detach()
+            # The window does not slide within a segment.
+            room = max(self.window - len(h), 0)
+            memory = last_rows(state["memory"], room) if state else h[:0].detach()
             seen = torch.cat([memory, own])
-            left["memory"] = seen[torch.sym_max(seen.size(0) - self.window, 0) :]
+            left["memory"] = last_rows(seen, self.window)
             h = self.norm_mid(h)
-            # Apart, the memory costs no gradient.
-            rows = (own, memory) if torch.is_grad_enabled() else (seen,)
-            h = h + self.attention(h, *rows)
-        boomed = self.boom(self.norm_boom(h))
+            h = h + self.attention(h, *rows_to_attend(memory, own, seen), self.training)
+        boomed = self.boom(self.norm_boom(h), self.training)
         return self.norm_residual(h) + dropout(boomed, self.p, self.training), left
-
-    def visible(self, memory, length):
-        """What is left of the memory for a segment of that length to fit into the window beside it:
-        the last rows. The window does not slide within a segment."""
-        room = max(self.window - length, 0)
-        # Sizes may be unknown, while a model is exported: hence sym_max for max, and not len.
-        return memory[torch.sym_max(memory.size(0) - room, 0) :]
 
 
 class SHARNNDecoder(SegmentDecoder):

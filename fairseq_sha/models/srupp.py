@@ -12,7 +12,7 @@ from torch import nn
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
-from fairseq_sha.ops import attend, causal, dropout, last_rows, sru
+from fairseq_sha.ops import attend, causal_bias, dropout, next_memory, sru
 
 
 @dataclass
@@ -95,7 +95,7 @@ class SRUppLayer(nn.Module):
             memory = state["memory"] if state else x[:0]
             z = z + self.alpha * self.attention(z, self.project(memory))
             # Training remembers the segment alone, whatever its length.
-            left["memory"] = x if self.training else last_rows(memory, x, self.eval_unroll)
+            left["memory"] = x if self.training else next_memory(memory, x, self.eval_unroll)
         u = self.expand(dropout(self.norm(z), self.p, self.training))
         c0 = state["c"][0] if state else torch.zeros_like(x[0])
         mask = None
@@ -109,7 +109,7 @@ class SRUppLayer(nn.Module):
         keys, values = self.key_value(torch.cat([remembered, q])).chunk(2, -1)
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).flatten(1, 2) for x in (q, keys, values))
         # Training sees the whole memory, evaluation a band.
-        bias = causal(q, k, None if self.training else self.eval_unroll + 1)
+        bias = causal_bias(q, k, None if self.training else self.eval_unroll + 1)
         mix = attend(q, k, v, bias, self.p_attention if self.training else 0.0)
         return mix.unflatten(1, (-1, self.n_head)).flatten(2)
 

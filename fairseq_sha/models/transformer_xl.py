@@ -17,7 +17,7 @@ from fairseq_sha.checks import (
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
-from fairseq_sha.ops import attend, causal_relative, dropout, last_rows
+from fairseq_sha.ops import attend, causal_relative_bias, dropout, next_memory
 
 STD = 0.02  # of initial weights
 
@@ -102,7 +102,7 @@ class RelativeAttention(nn.Module):
         )
         r = self.heads(self.position(positions))
         position_queries = (q + w).flatten(1, 2) / q.size(-1) ** 0.5
-        bias = causal_relative(position_queries, r, self.same_length)
+        bias = causal_relative_bias(position_queries, r, self.same_length)
         mix = attend((q + u).flatten(1, 2), k, v, bias, self.p if self.training else 0.0)
         return self.output(mix.reshape(h.shape))
 
@@ -128,10 +128,10 @@ class TransformerXLLayer(nn.Module):
         this layer, ``[rows <= mem_len, B, H]``."""
         # Keys and values are computed anew from what the memory holds (section 3.2).
         memory = state["memory"] if state else h[:0]
-        left = last_rows(memory, h, self.mem_len)
+        left = next_memory(memory, h, self.mem_len)
         attended = self.attention(h, memory, positions, u, w)
         h = self.norm_attention(h + dropout(attended, self.p, self.training))
-        wide = dropout(self.feed_forward(h), self.p, self.training)
+        wide = dropout(self.feed_forward(h, self.training), self.p, self.training)
         return self.norm_feed_forward(h + wide), {"memory": left}
 
 

@@ -189,7 +189,7 @@ def test_memory_costs_no_gradient():
     shapes = []
 
     def record(module, inputs, output):
-        shapes.extend(tuple(x.shape) for x in inputs if x.requires_grad)
+        shapes.extend(tuple(x.shape) for x in inputs if torch.is_tensor(x) and x.requires_grad)
 
     model.layers[0].attention.register_forward_hook(record)
     model(torch.randint(29, (2, 8)), segment="train:1:2")

@@ -98,7 +98,7 @@ def by_hand(model, tokens):
                 values = h[: i + 1] @ wv[rows].t()
                 mixed[i, rows] = scores.softmax(0) @ values
         h = layer.norm_attention(h + attention.output(mixed))
-        h = layer.norm_feed_forward(h + layer.feed_forward(h))
+        h = layer.norm_feed_forward(h + layer.feed_forward(h, False))
     return model.output_layer(h)
 
 
