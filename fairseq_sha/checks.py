@@ -37,3 +37,26 @@ def _option(name):
 def torch_is_at_least(major, minor):
     """Whether torch has this version or a newer one."""
     return tuple(map(int, torch.__version__.split(".")[:2])) >= (major, minor)
+
+
+# Optimisers compute in float32, where positive numbers beyond these become 0 or infinity.
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def require_positive(cfg, *names):
+    """Each value is positive and finite, in float32 too."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not _SMALLEST <= value <= _LARGEST:
+            raise UserError(f"{_option(name)} {value}: must be positive and finite in float32")
+
+
+def require_not_negative(cfg, *names):
+    """Each value, or each item of a list, is 0 or positive and finite, in float32 too."""
+    for name in names:
+        values = getattr(cfg, name)
+        for value in [values] if isinstance(values, (int, float)) else values:
+            if not (value == 0 or _SMALLEST <= value <= _LARGEST):
+                raise UserError(
+                    f"{_option(name)} {value}: must be 0, or positive and finite in float32"
+                )

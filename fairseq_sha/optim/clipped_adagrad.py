@@ -1,4 +1,4 @@
-"""Adagrad with steps that are clipped tensor by tensor, which Adaptive Span was trained with
+"""Adagrad with steps that are clipped tensor by tensor, as Adaptive Span was trained
 (arXiv 1905.07799, section 3.1, and its published code)."""
 
 from dataclasses import dataclass, field
@@ -9,24 +9,15 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
-from fairseq_sha.checks import require_at_least
-from fairseq_sha.errors import UserError
-from fairseq_sha.optim.own_options import PerTensorOptimizer
-
-
-def clipped_adagrad_reference(w, g, total, lr, eps, clip):
-    """One step for one tensor, written out: returns new ``w`` and ``total``."""
-    total = total + g**2
-    norm = g.norm()
-    scale = clip / norm if 0 < clip < norm else 1.0
-    return w - lr * scale * g / (total.sqrt() + eps), total
+from fairseq_sha.checks import require_not_negative, require_positive
+from fairseq_sha.optim.base import PerTensorNormOptimizer
 
 
 class ClippedAdagrad(torch.optim.Optimizer):
-    """Adagrad over lists of tensors at once, the steps of large gradients scaled down.
+    """Adagrad that scales down the steps of large gradients, computed for lists of tensors at once.
 
-    Where the norm of a tensor's gradient exceeds ``clip``, its step is that of the gradient scaled
-    to this norm, but the sum of squares takes the gradient as it is.
+    Where the norm of a tensor's gradient exceeds ``clip``, its step is computed from the gradient
+    scaled down to this norm. The sum of squares takes the gradient as it is.
 
     Args:
         params: as for any torch optimiser
@@ -61,7 +52,7 @@ class ClippedAdagrad(torch.optim.Optimizer):
         torch._foreach_add_(roots, group["eps"])
         if group["clip"] > 0:
             norms = torch.stack(torch._foreach_norm(grads))
-            # A divisor and no branch: reading the norms would make the CPU wait for the GPU.
+            # A branch would read the norms and so make the CPU wait for the GPU.
             excess = (norms / group["clip"]).clamp(min=1.0)
             torch._foreach_mul_(roots, list(excess.unbind()))
         torch._foreach_addcdiv_(params, grads, roots, -group["lr"])
@@ -83,17 +74,18 @@ class ClippedAdagradConfig(FairseqDataclass):
 
 
 @register_optimizer("clipped_adagrad", dataclass=ClippedAdagradConfig)
-class FairseqClippedAdagrad(PerTensorOptimizer):
-    """Registers :class:`ClippedAdagrad` with fairseq."""
+class FairseqClippedAdagrad(PerTensorNormOptimizer):
+    """Registers :class:`ClippedAdagrad` with fairseq.
+
+    Raises:
+        UserError: a setting with which training cannot work
+    """
 
     def __init__(self, cfg, params):
         super().__init__(cfg)
-        require_at_least(0, cfg, "adagrad_clip")
-        if not cfg.adagrad_eps > 0:
-            raise UserError(
-                f"--adagrad-eps {cfg.adagrad_eps}: must be positive; what has had no gradient yet "
-                "is divided by it"
-            )
+        require_not_negative(cfg, "adagrad_clip")
+        # Weights that have had no gradient yet are divided by it.
+        require_positive(cfg, "adagrad_eps")
         self._optimizer = ClippedAdagrad(params, **self.optimizer_config)
 
     @property

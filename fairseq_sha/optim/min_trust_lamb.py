@@ -10,35 +10,34 @@ from fairseq.logging import metrics
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
-from fairseq_sha.checks import require_at_least, require_betas, torch_is_at_least
-from fairseq_sha.optim.own_options import PerTensorOptimizer
+from fairseq_sha.checks import (
+    require_betas,
+    require_not_negative,
+    require_positive,
+    torch_is_at_least,
+)
+from fairseq_sha.optim.base import PerTensorNormOptimizer
 
 MAX_WEIGHT_NORM = 10.0
 FUSED_ON_CPU = torch_is_at_least(2, 4)
 
 
-def min_trust_lamb_reference(w, g, m, v, lr, beta1, beta2, eps, weight_decay, min_trust):
-    """One step for one tensor, written out: returns new ``w``, ``m``, ``v`` and the trust ratio."""
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g**2
-    update = m / (v.sqrt() + eps) + weight_decay * w
-    weight_norm, update_norm = w.norm().clamp(0, MAX_WEIGHT_NORM), update.norm()
-    if weight_norm == 0 or update_norm == 0:
-        trust = torch.ones(())
-    else:
-        trust = weight_norm / update_norm
-    trust = trust.clamp(min=min_trust)
-    return w - lr * trust * update, m, v, trust
-
-
 class MinTrustLAMB(torch.optim.Optimizer):
-    """Min-trust LAMB over lists of tensors at once.
+    """Min-trust LAMB, computed for lists of tensors at once::
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        update = m / (sqrt(v) + eps) + weight_decay * w
+        trust = max(min(|w|, 10) / |update|, min_trust)
+        w = w - lr * trust * update
+
+    A ratio without meaning, because one of the norms is 0, counts as 1.
 
     Args:
         params: as for any torch optimiser
         lr (float): learning rate
-        betas (tuple of float): decay of the running means of gradient and squared gradient
-        eps (float): added to the root of the latter
+        betas (tuple of float): decay of the running means of the gradient and its square
+        eps (float): added to the root of the mean square
         weight_decay (float): added to the update before its norm is taken
         min_trust (float): lower bound on each tensor's trust ratio; 0 is plain LAMB
     """
@@ -50,7 +49,7 @@ class MinTrustLAMB(torch.optim.Optimizer):
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, min_trust=min_trust
         )
         super().__init__(params, defaults)
-        self.trust_ratios = None  # of the latest step: Tensor [number of parameter tensors]
+        self.trust_ratios = None  # in the latest step: Tensor [number of parameter tensors]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -61,7 +60,7 @@ class MinTrustLAMB(torch.optim.Optimizer):
         ratios = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            # All at once saves launches on a GPU; on CPU one tensor at a time stays in the cache.
+            # All tensors at once save launches on a GPU. One at a time stays in a CPU's cache.
             on_cpu = all(p.device.type == "cpu" for p in params)
             batches = [[p] for p in params] if on_cpu else [params]
             ratios += [self._step(batch, group) for batch in batches]
@@ -79,9 +78,7 @@ class MinTrustLAMB(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
 
         if FUSED_ON_CPU and all(map(suits_fused_kernel, params)):
-            updates = updates_of_fused_adam(
-                params, grads, means, squares, beta1, beta2, group["eps"]
-            )
+            updates = fused_adam_updates(params, grads, means, squares, beta1, beta2, group["eps"])
         else:
             torch._foreach_lerp_(means, grads, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
@@ -103,14 +100,15 @@ class MinTrustLAMB(torch.optim.Optimizer):
 
 
 def suits_fused_kernel(p):
-    """It pairs elements by their place in memory."""
-    like = p.device.type == "cpu" and p.grad.layout == torch.strided and p.grad.dtype == p.dtype
-    return like and p.grad.stride() == p.stride()
+    """The kernel runs on a CPU and pairs weights and gradients by their place in memory."""
+    same_kind = p.grad.layout == torch.strided and p.grad.dtype == p.dtype
+    return p.device.type == "cpu" and same_kind and p.grad.stride() == p.stride()
 
 
-def updates_of_fused_adam(params, grads, means, squares, beta1, beta2, eps):
-    """The means' quotient by torch's fused kernel of Adam, several times faster on CPU than one
-    operation after another: a step of -1 from zeros, so late that its bias correction is nil."""
+def fused_adam_updates(params, grads, means, squares, beta1, beta2, eps):
+    """``m / (sqrt(v) + eps)`` by torch's fused kernel of Adam, which on a CPU is several times as
+    fast as one operation after another. The kernel takes a step with learning rate -1 from 0, as if
+    after infinitely many steps, so that its bias correction is 1."""
     updates = [torch.zeros_like(p) for p in params]
     steps = [torch.tensor(float("inf")) for _ in params]
     torch._fused_adam_(
@@ -141,7 +139,8 @@ class MinTrustLAMBConfig(FairseqDataclass):
         default=1e-6, metadata={"help": "epsilon of LAMB (default: author's published code)"}
     )
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay, part of the update that is scaled by trust"}
+        default=0.0,
+        metadata={"help": "weight decay, a part of the update that the trust ratio scales"},
     )
     min_trust: float = field(
         default=0.0,
@@ -160,16 +159,21 @@ class MinTrustLAMBConfig(FairseqDataclass):
 
 
 @register_optimizer("min_trust_lamb", dataclass=MinTrustLAMBConfig)
-class FairseqMinTrustLAMB(PerTensorOptimizer):
-    """Registers :class:`MinTrustLAMB` with fairseq."""
+class FairseqMinTrustLAMB(PerTensorNormOptimizer):
+    """Registers :class:`MinTrustLAMB` with fairseq.
+
+    Raises:
+        UserError: a setting with which training cannot work
+    """
 
     def __init__(self, cfg, params):
         super().__init__(cfg)
         require_betas(cfg, "lamb_betas")
-        require_at_least(0, cfg, "lamb_eps", "weight_decay", "min_trust")
+        require_positive(cfg, "lamb_eps")
+        require_not_negative(cfg, "weight_decay", "min_trust")
         self._optimizer = MinTrustLAMB(params, **self.optimizer_config)
         if cfg.log_trust_ratios:
-            # Not in step(), which mixed precision passes by.
+            # A hook, because mixed precision does not call this class's step().
             self._optimizer.register_step_post_hook(lambda *_: self.log())
 
     @property

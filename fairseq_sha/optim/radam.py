@@ -1,4 +1,4 @@
-"""RAdam (arXiv 1908.03265) with decoupled weight decay, which SRU++ is trained with."""
+"""RAdam (arXiv 1908.03265) with decoupled weight decay, as SRU++ was trained."""
 
 from dataclasses import dataclass, field
 from typing import List
@@ -8,18 +8,19 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
-from fairseq_sha.checks import require_at_least, require_betas
-from fairseq_sha.optim.own_options import OwnOptionsOptimizer
+from fairseq_sha.checks import require_betas, require_not_negative, require_positive
+from fairseq_sha.errors import UserError
+from fairseq_sha.optim.base import ConfiguredOptimizer
 
 
 class DecoupledRAdam(torch.optim.RAdam):
-    """torch's RAdam, before each step of which weights shrink by ``lr * shrink`` (as
-    ``decoupled_weight_decay`` does, which torch has since 2.1 only)."""
+    """torch's RAdam that multiplies weights by ``1 - lr * shrink`` before each step. This is what
+    ``decoupled_weight_decay`` does, which torch has since version 2.1 only."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, shrink=0.0):
         super().__init__(params, lr=lr, betas=betas, eps=eps)
         for group in self.param_groups:
-            group["shrink"] = shrink  # torch's own weight_decay is not decoupled
+            group["shrink"] = shrink  # torch's weight_decay is not decoupled
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -38,19 +39,31 @@ class RAdamConfig(FairseqDataclass):
     radam_eps: float = field(default=1e-8, metadata={"help": "epsilon of RAdam (default: torch's)"})
     weight_decay: float = field(
         default=0.0,
-        metadata={"help": "part by which weights shrink in each update, times the learning rate"},
+        metadata={
+            "help": "decoupled weight decay: each update multiplies weights by 1 - lr * this"
+        },
     )
     lr: List[float] = II("optimization.lr")
 
 
 @register_optimizer("radam", dataclass=RAdamConfig)
-class FairseqRAdam(OwnOptionsOptimizer):
-    """Registers :class:`DecoupledRAdam` with fairseq."""
+class FairseqRAdam(ConfiguredOptimizer):
+    """Registers :class:`DecoupledRAdam` with fairseq.
+
+    Raises:
+        UserError: a setting with which training cannot work
+    """
 
     def __init__(self, cfg, params):
         super().__init__(cfg)
         require_betas(cfg, "radam_betas")
-        require_at_least(0, cfg, "radam_eps", "weight_decay")
+        require_positive(cfg, "radam_eps")
+        require_not_negative(cfg, "weight_decay")
+        if max(cfg.lr) * cfg.weight_decay >= 1:
+            raise UserError(
+                f"--weight-decay {cfg.weight_decay}: times --lr {max(cfg.lr)} it must be below 1, "
+                "or each update turns the sign of the weights"
+            )
         self._optimizer = DecoupledRAdam(params, **self.optimizer_config)
 
     @property

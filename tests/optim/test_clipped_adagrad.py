@@ -1,14 +1,13 @@
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from fairseq_sha import UserError
+from fairseq_sha.ops.oracles import clipped_adagrad_reference
 from fairseq_sha.optim.clipped_adagrad import (
     ClippedAdagrad,
     ClippedAdagradConfig,
     FairseqClippedAdagrad,
-    clipped_adagrad_reference,
 )
+from tests.optim.helpers import check_limits_train, check_refused, config, impossible
 
 
 def random_params():
@@ -17,7 +16,7 @@ def random_params():
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.03, 1.0])
-def test_equals_the_form_written_out(clip):
+def test_equals_its_definition(clip):
     params = random_params()
     optimizer = ClippedAdagrad(params, lr=0.07, eps=1e-10, clip=clip)
     expected = [(p.detach().clone(), torch.zeros_like(p)) for p in params]
@@ -57,29 +56,31 @@ def test_step_is_clipped_and_the_sum_of_squares_is_not():
         assert param.item() == pytest.approx(expected, rel=1e-5)
 
 
-def config(**fields):
-    cfg = OmegaConf.structured(ClippedAdagradConfig(**fields))
-    cfg.lr = [0.1]
-    return cfg
+@pytest.mark.parametrize("name, value", impossible(["adagrad_eps"], ["adagrad_clip"]))
+def test_impossible_settings_are_refused(name, value):
+    check_refused(FairseqClippedAdagrad, ClippedAdagradConfig, name, value)
 
 
-@pytest.mark.parametrize("name, value", [("adagrad_clip", -1.0), ("adagrad_eps", 0.0)])
-def test_impossible_settings_are_named(name, value):
-    with pytest.raises(UserError, match="--" + name.replace("_", "-")):
-        FairseqClippedAdagrad(config(**{name: value}), random_params())
+@pytest.mark.parametrize(
+    "fields",
+    [dict(adagrad_eps=1e-30), dict(adagrad_clip=0.0), dict(adagrad_clip=1e-30), dict(lr=[0.0])],
+)
+def test_settings_at_the_limits_train(fields):
+    check_limits_train(FairseqClippedAdagrad, ClippedAdagradConfig, **fields)
 
 
 def test_flat_parameters_are_refused():
-    assert not FairseqClippedAdagrad(config(), random_params()).supports_flat_params
+    optimizer = FairseqClippedAdagrad(config(ClippedAdagradConfig), random_params())
+    assert not optimizer.supports_flat_params
 
 
-def test_resumed_run_goes_on_and_follows_its_own_options():
+def test_resumed_run_keeps_its_state_and_takes_settings_from_its_config():
     params = random_params()
-    first = FairseqClippedAdagrad(config(adagrad_clip=0.5), params)
+    first = FairseqClippedAdagrad(config(ClippedAdagradConfig, adagrad_clip=0.5), params)
     for param in params:
         param.grad = torch.randn_like(param)
     first.step()
-    resumed = FairseqClippedAdagrad(config(adagrad_clip=0.25), params)
+    resumed = FairseqClippedAdagrad(config(ClippedAdagradConfig, adagrad_clip=0.25), params)
     resumed.load_state_dict(first.state_dict())
     assert [group["clip"] for group in resumed.param_groups] == [0.25]
     for param in params:

@@ -4,23 +4,23 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fairseq_sha import UserError
+from fairseq_sha.ops.oracles import min_trust_lamb_reference
 from fairseq_sha.optim.min_trust_lamb import (
     FairseqMinTrustLAMB,
     MinTrustLAMB,
     MinTrustLAMBConfig,
-    min_trust_lamb_reference,
 )
 from tests.conftest import golden_cases
+from tests.optim.helpers import check_limits_train, check_refused, config, impossible
 
 CASES = golden_cases("min_trust_lamb")
-LEARNING_RATE = float(CASES.pop("lr")[""])
+LEARNING_RATE = CASES.pop("lr")[""]  # of all cases
 
 
 def settings(case):
-    """Settings of a golden case; an absent one has the default."""
+    """The settings of a golden case; those that it does not give have their default."""
     return {
-        "lr": LEARNING_RATE,
+        "lr": float(case.get("setting/lr", LEARNING_RATE)),
         "betas": tuple(case.get("setting/betas", torch.tensor([0.9, 0.999])).double().tolist()),
         "eps": float(case.get("setting/eps", 1e-6)),
         "weight_decay": float(case.get("setting/weight_decay", 0.0)),
@@ -57,7 +57,7 @@ def random_params(dtype=torch.double):
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("min_trust", [0.0, 0.25, 3.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equals_the_form_written_out(monkeypatch, min_trust, weight_decay, at_once):
+def test_equals_its_definition(monkeypatch, min_trust, weight_decay, at_once):
     """One tensor at a time, as on CPU, and all at once, as on a GPU."""
     if at_once:
         monkeypatch.setattr(sys.modules[MinTrustLAMB.__module__], "FUSED_ON_CPU", False)
@@ -82,13 +82,13 @@ def test_equals_the_form_written_out(monkeypatch, min_trust, weight_decay, at_on
             ratios.append(ratio)
         if at_once:
             with torch.no_grad():
-                own_ratios = optimizer._step(params, optimizer.param_groups[0])
+                found_ratios = optimizer._step(params, optimizer.param_groups[0])
         else:
             optimizer.step()
-            own_ratios = optimizer.trust_ratios
+            found_ratios = optimizer.trust_ratios
         for param, (w, _, _) in zip(params, expected):
             torch.testing.assert_close(param.detach(), w)
-        torch.testing.assert_close(own_ratios, torch.stack(ratios).double())
+        torch.testing.assert_close(found_ratios, torch.stack(ratios).double())
 
 
 def test_weight_norm_is_bounded_and_the_ratio_is_not():
@@ -123,12 +123,6 @@ def test_state_survives_saving():
         assert torch.equal(a, b)
 
 
-def config(**fields):
-    cfg = OmegaConf.structured(MinTrustLAMBConfig(**fields))
-    cfg.lr = [0.1]
-    return cfg
-
-
 def test_fp16_with_flat_parameters_is_refused(monkeypatch):
     """fairseq must not train with one trust ratio for all parameters."""
     from fairseq.optim.fp16_optimizer import FP16Optimizer
@@ -136,31 +130,40 @@ def test_fp16_with_flat_parameters_is_refused(monkeypatch):
     # Building the flat copy itself needs a GPU.
     flat = torch.nn.Parameter(torch.ones(4))
     monkeypatch.setattr(FP16Optimizer, "build_fp32_params", lambda *_, **__: flat)
-    cfg = OmegaConf.create({"optimizer": config(), "common": {"fp16": True}})
+    cfg = OmegaConf.create({"optimizer": config(MinTrustLAMBConfig), "common": {"fp16": True}})
     cfg.optimizer._name = "min_trust_lamb"
     with pytest.raises(RuntimeError, match="--fp16-no-flatten-grads"):
         FP16Optimizer.build_optimizer(cfg, [flat])
 
 
 @pytest.mark.parametrize(
-    "fields, named",
+    "name, value", impossible(["lamb_eps"], ["weight_decay", "min_trust"], ["lamb_betas"])
+)
+def test_impossible_settings_are_refused(name, value):
+    check_refused(FairseqMinTrustLAMB, MinTrustLAMBConfig, name, value)
+
+
+@pytest.mark.parametrize(
+    "fields",
     [
-        (dict(lamb_betas=[0.9]), "--lamb-betas"),
-        (dict(lamb_betas=[0.9, 1.0]), "--lamb-betas"),
-        (dict(min_trust=-1.0), "--min-trust"),
-        (dict(lamb_eps=-1.0), "--lamb-eps"),
-        (dict(weight_decay=float("nan")), "--weight-decay"),
+        dict(lamb_eps=1e-30),
+        dict(lamb_betas=[0.0, 0.0]),
+        dict(weight_decay=1e6),
+        dict(lr=[0.0], min_trust=0.25),
     ],
 )
-def test_impossible_settings_are_named(fields, named):
-    with pytest.raises(UserError, match=named):
-        FairseqMinTrustLAMB(config(**fields), random_params())
+@pytest.mark.parametrize("fused", [False, True])
+def test_settings_at_the_limits_train(monkeypatch, fields, fused):
+    if not fused:
+        monkeypatch.setattr(sys.modules[MinTrustLAMB.__module__], "FUSED_ON_CPU", False)
+    check_limits_train(FairseqMinTrustLAMB, MinTrustLAMBConfig, **fields)
 
 
-def test_resumed_run_follows_its_own_options():
+def test_resumed_run_takes_settings_from_its_config():
     params = random_params()
-    saved = FairseqMinTrustLAMB(config(min_trust=0.5, weight_decay=0.1), params).state_dict()
-    resumed = FairseqMinTrustLAMB(config(min_trust=0.25), params)
+    cfg = config(MinTrustLAMBConfig, min_trust=0.5, weight_decay=0.1)
+    saved = FairseqMinTrustLAMB(cfg, params).state_dict()
+    resumed = FairseqMinTrustLAMB(config(MinTrustLAMBConfig, min_trust=0.25), params)
     resumed.load_state_dict(saved)
     (group,) = resumed.param_groups
     assert group["min_trust"] == 0.25 and group["weight_decay"] == 0

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from fairseq_sha import UserError
+from fairseq_sha.errors import UserError
 from fairseq_sha.optim.radam import DecoupledRAdam, FairseqRAdam, RAdamConfig
+from tests.optim.helpers import check_limits_train, check_refused, config, impossible
 
 
 def params():
@@ -11,7 +11,7 @@ def params():
 
 
 def test_weight_decay_is_decoupled_from_the_step():
-    """Weights shrink by lr * decay; what is added to them is RAdam's step without decay."""
+    """Weights are multiplied by 1 - lr * decay; then comes RAdam's step without decay."""
     decayed, plain = params(), params()
     ours = DecoupledRAdam(decayed, lr=0.1, shrink=0.3)
     theirs = torch.optim.RAdam(plain, lr=0.1)
@@ -34,32 +34,33 @@ def test_parameters_without_gradient_stay():
     assert torch.equal(kept, before)
 
 
-def config(**fields):
-    cfg = OmegaConf.structured(RAdamConfig(**fields))
-    cfg.lr = [0.1]
-    return cfg
-
-
-def test_resumed_run_keeps_its_state_and_follows_its_own_options():
+def test_resumed_run_keeps_its_state_and_takes_settings_from_its_config():
     own = params()
-    first = FairseqRAdam(config(weight_decay=0.5), own)
+    first = FairseqRAdam(config(RAdamConfig, weight_decay=0.5), own)
     for param in own:
         param.grad = torch.ones_like(param)
     first.step()
-    resumed = FairseqRAdam(config(weight_decay=0.1), own)
+    resumed = FairseqRAdam(config(RAdamConfig, weight_decay=0.1), own)
     resumed.load_state_dict(first.state_dict())
     assert [group["shrink"] for group in resumed.param_groups] == [0.1]
     assert all("exp_avg" in resumed.optimizer.state[param] for param in own)
 
 
 @pytest.mark.parametrize(
-    "fields, named",
-    [
-        (dict(radam_betas=[0.9]), "--radam-betas"),
-        (dict(radam_eps=-1.0), "--radam-eps"),
-        (dict(weight_decay=-1.0), "--weight-decay"),
-    ],
+    "name, value", impossible(["radam_eps"], ["weight_decay"], ["radam_betas"])
 )
-def test_impossible_settings_are_named(fields, named):
-    with pytest.raises(UserError, match=named):
-        FairseqRAdam(config(**fields), params())
+def test_impossible_settings_are_refused(name, value):
+    check_refused(FairseqRAdam, RAdamConfig, name, value)
+
+
+def test_weight_decay_that_turns_the_sign_of_weights_is_refused():
+    with pytest.raises(UserError, match="--weight-decay 10.0: times --lr 0.1 it must be below 1"):
+        FairseqRAdam(config(RAdamConfig, lr=[0.05, 0.1], weight_decay=10.0), params())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(radam_eps=1e-30), dict(radam_betas=[0.0, 0.0]), dict(weight_decay=9.9), dict(lr=[0.0])],
+)
+def test_settings_at_the_limits_train(fields):
+    check_limits_train(FairseqRAdam, RAdamConfig, **fields)
