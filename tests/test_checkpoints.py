@@ -9,8 +9,11 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
-from fairseq_sha import UserError
+from fairseq_sha import UserError, compatibility
 from fairseq_sha.checkpoints import is_whole, replace_damaged_last_checkpoint
+
+
+compatibility.apply()
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def iterator(corpus, batch_size=4, tokens_per_sample=20, num_shards=1, shard=0, 
         num_shards=num_shards,
         shard=shard,
     )
-    options = {"like": torch.zeros(1), **options}
+    options = {"reference": torch.zeros(1), **options}
     return SegmentIterator(dataset, carried=Carried(batch_size), **options)
 
 
@@ -119,7 +119,7 @@ def test_state_above_the_limit_is_left_out(corpus, caplog, batch_size, num_shard
 def test_state_keeps_its_types_unless_the_precision_changed(corpus):
     saved = state_after(iterator(corpus), 3)
     for dtype, expected in ((torch.float32, None), (torch.bfloat16, torch.bfloat16)):
-        resumed = iterator(corpus, like=torch.zeros(1, dtype=dtype))
+        resumed = iterator(corpus, reference=torch.zeros(1, dtype=dtype))
         resumed.load_state_dict(saved)
         assert resumed.carried.dtype == expected
 
