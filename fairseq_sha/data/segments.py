@@ -135,8 +135,8 @@ class SegmentDataset(FairseqDataset):
         }
 
     def __getitem__(self, index):
-        """Segment ``index`` of ``T`` tokens: ``src_tokens`` and ``target``, ``[batch_size, T]``, with
-        the numbers of targets (``ntokens``), of their bytes and of their words."""
+        """Segment ``index`` of ``T`` tokens: ``src_tokens`` and ``target``, ``[batch_size, T]``.
+        Also how many targets there are (``ntokens``), and how many bytes and words they are."""
         start, end = self.offsets[index], self.offsets[index + 1]
         window = np.full((self.batch_size, end - start + 1), self.pad, dtype=np.int64)
         num_targets = 0

@@ -4,7 +4,10 @@
 """
 
 from fairseq_sha import criterions, models, optim  # noqa: F401
+from fairseq_sha.registrations import warn_of_taken_registrations
 from fairseq_sha.tasks import (  # noqa: F401
     byte_language_modeling,
     segment_language_modeling,
 )
+
+warn_of_taken_registrations()
