@@ -1,4 +1,8 @@
-"""Names that two plug-ins have registered. fairseq keeps the first and says nothing."""
+"""Names that two plug-ins have registered.
+
+fairseq's main branch keeps the first model or task and says nothing. fairseq 0.12.2 raises an
+error, as both do for optimisers and criterions.
+"""
 
 import ast
 import inspect
