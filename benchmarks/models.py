@@ -9,7 +9,9 @@ from fairseq import models
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
-import fairseq_sha  # noqa: F401  registers the plug-in
+import fairseq_sha
+
+fairseq_sha.register()
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SYMBOLS = 204  # byte values, as many as enwik8's

@@ -1,33 +1,21 @@
-"""fairseq-sha: language models that carry state from one segment of text to the next.
+"""Language models that carry state from one segment of text to the next: a plug-in for fairseq.
 
-A fairseq plug-in: ``--user-dir fairseq_sha`` (or ``import fairseq_sha``) registers its task,
-models, optimisers and criterion.
+``--user-dir fairseq_sha`` registers the tasks, models, optimisers and criterion with fairseq's own
+commands. From Python, call :func:`register`. Importing the package alone registers nothing,
+changes nothing in the process, and imports neither torch nor fairseq.
 """
 
-import os
+from fairseq_sha.errors import UserError
 
-import torch
+__all__ = ["UserError", "__version__", "register"]
 
-from fairseq_sha import criterions, models, optim, tasks  # noqa: F401
-from fairseq_sha.checkpoints import (
-    explain_unreadable_checkpoints,
-    keep_last_checkpoint_whole,
-    save_settings_as_plain_values,
-)
-from fairseq_sha.errors import UserError, show_user_errors_in_one_line
-from fairseq_sha.optim.clipping import clip_on_cpu
+__version__ = "0.1.0"
 
-__all__ = ["UserError"]
 
-show_user_errors_in_one_line()
-explain_unreadable_checkpoints()
-keep_last_checkpoint_whole()
-save_settings_as_plain_values()
-clip_on_cpu()
+def register():
+    """Register the tasks, models, optimisers and criterion with fairseq.
 
-# Below 2.6 torch runs whatever code a checkpoint holds, unless told not to.
-os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-
-# Attention weights that all but vanish are denormal numbers, with which a CPU computes many times
-# more slowly. Threads inherit this if it is set before the first of them starts.
-torch.set_flush_denormal(True)
+    Call it before fairseq is given ``--user-dir`` in a process that has already imported the
+    package: fairseq takes an imported package for a registered one.
+    """
+    from fairseq_sha import tasks  # noqa: F401

@@ -1,26 +1,34 @@
 """Damaged and foreign checkpoints: never taken for good ones, named when they cannot be read."""
 
-import functools
 import logging
 import os
-import shutil
 import zipfile
-from argparse import Namespace
 from itertools import zip_longest
 from pathlib import Path
 
-from fairseq import checkpoint_utils
+import torch
 from fairseq.file_io import PathManager
 from torch import distributed
 
+from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.errors import UserError
+from fairseq_sha.files import copy_atomically
 
 logger = logging.getLogger(__name__)
 
+ZIP_MAGIC = b"PK\x03\x04"
 
-def is_whole(file):
-    """Whether a file, open or a path, is a zip, as torch writes it, whose contents have their
-    checksums."""
+
+def is_damaged(file):
+    """Whether an open binary file begins as torch's zip files do, and its contents are incomplete
+    or differ from their checksums. torch itself does not compare them."""
+    file.seek(0)
+    damaged = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC and not _has_true_checksums(file)
+    file.seek(0)
+    return damaged
+
+
+def _has_true_checksums(file):
     try:
         with zipfile.ZipFile(file) as content:
             return content.testzip() is None
@@ -28,27 +36,69 @@ def is_whole(file):
         return False
 
 
-def is_damaged(file):
-    """Whether a binary file begins as torch's do and is not whole. torch does not look."""
-    file.seek(0)
-    begins_as_zip = file.read(4) == b"PK\x03\x04"
-    damaged = begins_as_zip and not is_whole(file)
-    file.seek(0)
-    return damaged
+def is_whole(path):
+    """Whether a local file is a checkpoint that torch can load. torch's older file format has no
+    checksums, so such a file is loaded to find out."""
+    with open(path, "rb") as file:
+        if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
+            return not is_damaged(file)
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def load_checkpoint(path, load):
+    """Load a checkpoint by fairseq's function, without running code that it may hold.
+
+    Args:
+        path (str): the checkpoint
+        load (callable): fairseq's function, all arguments given
+
+    Raises:
+        OSError: the file cannot be opened
+        UserError: it is damaged, or no checkpoint of fairseq's
+    """
+    try:
+        with PathManager.open(path, "rb") as file:
+            if is_damaged(file):
+                raise ValueError("contents differ from their checksums")
+            if not _torch_loads_safely_by_default():
+                torch.load(file, map_location="cpu", weights_only=True)
+        state = load()
+    except OSError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path}: not a checkpoint that fairseq wrote, or a damaged one "
+            f"({type(error).__name__}: {reason}); name another"
+        )
+    if "model" not in state:
+        raise UserError(f"{path}: holds no model; name a checkpoint that fairseq wrote")
+    return state
+
+
+def _torch_loads_safely_by_default():
+    """fairseq leaves it to torch, which is safe since 2.6, unless the environment forbids it."""
+    return torch_is_at_least(2, 6) and not os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 
 
 def checkpoint_to_start_from(cfg):
     """The path of the checkpoint that fairseq will load before training, or None.
 
     Args:
-        cfg: has ``save_dir``, ``restore_file``, ``continue_once`` and ``finetune_from_model``, as
-            fairseq's options
+        cfg: has ``save_dir``, ``restore_file``, ``continue_once``, ``finetune_from_model`` and the
+            ``reset_...`` options, as fairseq's checkpoint options
 
     Raises:
-        UserError: it was named and does not exist; fairseq would begin from nothing, and write over
-            what is in ``save_dir``
+        UserError: it was named and does not exist, so that fairseq would begin from nothing and
+            write over what is in ``save_dir``; or options contradict each other
     """
     last = os.path.join(cfg.save_dir, "checkpoint_last.pt")
+    if cfg.finetune_from_model is not None:
+        _check_finetuning(cfg)
     if cfg.restore_file != "checkpoint_last.pt":
         option, path = "--restore-file", cfg.restore_file
     elif PathManager.isfile(last):
@@ -62,6 +112,22 @@ def checkpoint_to_start_from(cfg):
         remedy = f"name {beside}" if PathManager.isfile(beside) else "name a checkpoint"
         raise UserError(f"{option} {path}: no such file; {remedy}")
     return path
+
+
+def _check_finetuning(cfg):
+    """fairseq's own checks, which come after the data was read."""
+    parts = ("optimizer", "lr_scheduler", "meters", "dataloader")
+    for option in (f"reset_{part}" for part in parts):
+        if getattr(cfg, option):
+            raise UserError(
+                f"--{option.replace('_', '-')}: cannot be combined with --finetune-from-model, "
+                "which resets all but the weights; leave it out"
+            )
+    if cfg.restore_file != "checkpoint_last.pt":
+        raise UserError(
+            f"--restore-file {cfg.restore_file}: cannot be combined with --finetune-from-model; "
+            "leave one of them out"
+        )
 
 
 def replace_damaged_last_checkpoint(folder):
@@ -85,86 +151,29 @@ def _replace_damaged_last_checkpoint(folder):
     for other in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         if is_whole(other):
             logger.warning("%s is damaged; going on from %s", last, other)
-            copy_at_once(other, last)
+            copy_atomically(other, last)
             return
     raise UserError(f"{last}: damaged, with no whole checkpoint beside it; remove it to begin anew")
 
 
-def copy_at_once(source, destination):
-    """Copy a file so that the destination is the old one or the whole new one at any time."""
-    unfinished = f"{destination}.unfinished"
-    shutil.copyfile(source, unfinished)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, destination)
+def check_codec(saved, codec):
+    """Compare what token ids meant where a checkpoint was trained with what they mean now.
 
-
-def keep_last_checkpoint_whole():
-    """Make fairseq replace ``checkpoint_last.pt`` and ``checkpoint_best.pt`` at once. It copies the
-    new one over the old one, so that a run that is killed meanwhile would leave half of it."""
-    copy = PathManager.copy
-
-    @functools.wraps(copy)
-    def copy_local_files_at_once(src_path, dst_path, overwrite=False):
-        if "://" in str(dst_path):
-            return copy(src_path, dst_path, overwrite=overwrite)
-        copy_at_once(src_path, dst_path)
-        return dst_path
-
-    PathManager.copy = staticmethod(copy_local_files_at_once)
-
-
-def save_settings_as_plain_values():
-    """Make fairseq write settings of its older parts, such as its SGD, as a dict. It writes their
-    argparse.Namespace, which torch then refuses to load, since loading objects can run code."""
-    save = checkpoint_utils.torch_persistent_save
-
-    @functools.wraps(save)
-    def save_plain_values(obj, *args, **kwargs):
-        cfg = obj.get("cfg") if isinstance(obj, dict) else None
-        if isinstance(cfg, dict):
-            plain = {k: vars(v) if isinstance(v, Namespace) else v for k, v in cfg.items()}
-            obj = {**obj, "cfg": plain}
-        return save(obj, *args, **kwargs)
-
-    checkpoint_utils.torch_persistent_save = save_plain_values
-
-
-def explain_unreadable_checkpoints():
-    """Make fairseq say which file it was that it could not read, in one line."""
-    load = checkpoint_utils.load_checkpoint_to_cpu
-
-    @functools.wraps(load)
-    def load_or_explain(path, *args, **kwargs):
-        try:
-            with PathManager.open(path, "rb") as file:
-                damaged = is_damaged(file)
-            if damaged:
-                raise ValueError("contents lack their checksums")
-            state = load(path, *args, **kwargs)
-        except OSError:
-            raise
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(
-                f"{path}: not a checkpoint that fairseq wrote, or a damaged one "
-                f"({type(error).__name__}: {reason}); name another"
-            )
-        if "model" not in state:
-            raise UserError(f"{path}: holds no model; name a checkpoint that fairseq wrote")
-        return state
-
-    checkpoint_utils.load_checkpoint_to_cpu = load_or_explain
-
-
-def check_symbols(trained, own):
-    """Compare the dictionary that a checkpoint was trained with (a list of symbols, or None if it
-    does not say) with the one in use.
+    Args:
+        saved (dict): has ``symbols``, the list of all symbols, and ``codec``, the codec's name,
+            unless the checkpoint is older than these
+        codec (~fairseq_sha.data.codecs.Codec): the one in use
 
     Raises:
         UserError: they differ
     """
-    if trained is None or own is None or trained == own:
+    trained, own = saved.get("symbols"), codec.dictionary.symbols
+    if trained is None:
+        return
+    name = saved.get("codec") or "bytes"
+    if name != codec.name:
+        raise UserError(f"the checkpoint was trained with --codec {name}, not {codec.name}")
+    if trained == own:
         return
     pairs = enumerate(zip_longest(trained, own))
     i, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])

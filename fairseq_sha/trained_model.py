@@ -10,7 +10,9 @@ from fairseq.hub_utils import GeneratorHubInterface
 from omegaconf import open_dict
 from tqdm import tqdm
 
-from fairseq_sha.data import ByteDictionary
+import fairseq_sha
+from fairseq_sha import compatibility
+from fairseq_sha.data.codecs import ByteCodec
 from fairseq_sha.errors import UserError
 
 
@@ -43,6 +45,8 @@ class TrainedModel(GeneratorHubInterface):
             OSError: the file cannot be read
             UserError: it is no checkpoint of a model that --task byte_language_modeling trained
         """
+        fairseq_sha.register()
+        compatibility.apply()  # before setup_task: the checkpoint must be loaded safely
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
         cfg = state["cfg"]
         if cfg is None or getattr(cfg.task, "_name", None) != "byte_language_modeling":
@@ -58,7 +62,7 @@ class TrainedModel(GeneratorHubInterface):
         symbols = (state.get("task_state") or {}).get("symbols")
         if symbols and data is None:
             task_type = tasks.get_task(cfg.task._name)
-            task = task_type(cfg.task, ByteDictionary.of(symbols), from_checkpoint=True)
+            task = task_type(cfg.task, ByteCodec.from_symbols(symbols), from_checkpoint=True)
         else:
             task = tasks.setup_task(cfg.task)
             task.load_state_dict(state.get("task_state") or {})

@@ -7,10 +7,12 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-import fairseq_sha  # noqa: F401  registers the plug-in
+import fairseq_sha
 from tests.commands import command
 from tests.options import FAMILIES
 from tests.tiny_corpus import write_folder
+
+fairseq_sha.register()
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -3,6 +3,7 @@ half-written."""
 
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -78,14 +79,16 @@ def patch(name, offset, content):
     return change
 
 
+def write_part(split):
+    return lambda folder: write_split(
+        text(50), folder, split, ByteDictionary.load(str(folder / "dict.txt"))
+    )
+
+
 def write_tiny_split(size):
     return lambda folder: write_split(
         text(size), folder, "train", ByteDictionary.load(str(folder / "dict.txt"))
     )
-
-
-def nothing(folder):
-    pass
 
 
 DATA = {
@@ -120,6 +123,8 @@ DATA = {
         patch("train.bin", 1000, b"\xc8\0"),
         "holds tokens that .*dict.txt lacks .token 200 at offset 500",
     ),
+    "part of train": (write_part("train1"), "train1.idx: a second part of train, which fairseq"),
+    "part of valid": (write_part("valid1"), "valid1.idx: would not be validated on; name it in"),
     "one token": (write_tiny_split(1), "train.bin: fewer than two tokens"),
     "fewer than streams": (write_tiny_split(4), "--batch-size 4: 4 streams .* 3 predictions"),
 }
@@ -138,12 +143,20 @@ OPTIONS = {
     "dropout nan": ("--dropout-input nan", "--dropout-input nan: must be"),
     "trust": ("--min-trust -1", "--min-trust -1"),
     "bf16": ("--bf16", "--bf16 means a TPU"),
-    "save-dir": ("--save-dir {checkpoints}/text.pt", "text.pt"),
+    "save-dir": ("--save-dir {checkpoints}/text.pt", "--save-dir .*text.pt: cannot be written to"),
+    "remainder": ("--skip-remainder-batch", "--skip-remainder-batch: would leave out"),
+    "valid steps": ("--max-valid-steps 3", "--max-valid-steps: would give the score of a part"),
+    "max tokens": ("--max-tokens 100", "--max-tokens 100: 4 streams .* of 40 tokens .* are more"),
+    "bos": ("--add-bos-token", "--add-bos-token: not supported"),
     "finetune": ("--finetune-from-model {checkpoints}/none.pt", "none.pt"),
     "finetune text": ("--finetune-from-model {checkpoints}/text.pt", "text.pt: not a checkpoint"),
     "finetune and reset": (
         "--finetune-from-model {checkpoints}/SHARNN.pt --reset-optimizer",
-        "fairseq: --finetune-from-model can not be set together",
+        "--reset-optimizer: cannot be combined with --finetune-from-model",
+    ),
+    "finetune and restore": (
+        "--finetune-from-model {checkpoints}/SHARNN.pt --restore-file {checkpoints}/SHARNN.pt",
+        "--restore-file .*: cannot be combined with --finetune-from-model",
     ),
     "restore none": ("--restore-file {checkpoints}/none.pt", "none.pt: no such file"),
     "restore a folder": ("--restore-file {checkpoints}", "checkpoints.*: no such file"),
@@ -154,14 +167,17 @@ OPTIONS = {
     ),
     "another criterion": (
         "--restore-file {checkpoints}/SHARNN.pt --criterion cross_entropy_with_auxiliary_losses",
-        "fairseq: Criterion does not match; please reset the optimizer",
+        "SHARNN.pt: Criterion does not match; please reset the optimizer",
     ),
     "update-freq": ("--update-freq 0", "--update-freq 0: must be at least 1"),
     "workers": ("--num-workers -1", "--num-workers -1: must be at least 0"),
-    "metric": ("--best-checkpoint-metric acc", "-metric acc: choose one of loss"),
+    "metric": (
+        "--best-checkpoint-metric acc",
+        "acc: choose one of loss, ppl, nats, bpb, bpc",
+    ),
     "no total": (
         "--lr-scheduler polynomial_decay --total-num-update 0",
-        "fairseq: assert cfg.total_num_update > 0",
+        "--total-num-update 0.*: must be positive",
     ),
     "restore text": ("--restore-file {checkpoints}/text.pt", "text.pt: not a checkpoint"),
     "restore half": ("--restore-file {checkpoints}/truncated.pt", "truncated.pt: not a checkp"),
@@ -193,7 +209,7 @@ OF_OTHER_FAMILIES = {
 }
 
 EVALUATION = {
-    "no checkpoint": ("none.pt", "", "none.pt"),
+    "no checkpoint": ("none.pt", "", "none.pt: no such file"),
     "text": ("text.pt", "", "text.pt: not a checkpoint"),
     "empty": ("empty.pt", "", "empty.pt: not a checkpoint"),
     "half": ("truncated.pt", "", "truncated.pt: not a checkpoint"),
@@ -212,9 +228,8 @@ def message_of(module, data, words, monkeypatch):
     __import__(f"fairseq_cli.{module}")
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011
         sys.modules[f"fairseq_cli.{module}"].cli_main()
-    message = errors.users_error_behind(caught.value)
+    message = errors.user_message(caught.value)
     assert message is not None, repr(caught.value)
-    message = str(message)
     assert "\n" not in message
     return message
 
@@ -299,24 +314,62 @@ During handling of the above exception, another exception occurred:
 
 {}: the last
 """
+    ours = "fairseq_sha.errors.UserError"
     cases = (
-        ("ValueError", "fairseq_sha.errors.UserError", "the last"),
-        ("fairseq_sha.errors.UserError", "Exception", "the first"),
-        ("KeyError", "FileNotFoundError", "the last"),
-        ("AssertionError", "KeyError", None),
+        ("ValueError", ours, "the last"),
+        (ours, "Exception", "the first"),
+        ("KeyError", "FileNotFoundError", None),
+        ("AssertionError", "fairseq_sha_errors_UserError", None),
     )
     for first, last, expected in cases:
         error = ProcessRaisedException(traceback.format(first, last))
-        assert errors.users_error_behind(error) == expected
+        assert errors.user_message(error) == expected
 
 
 def test_errors_in_other_code_keep_their_traceback():
     def fails():
-        raise ValueError("no demand of fairseq's")
+        raise ValueError("not an error of ours")
 
     with pytest.raises(ValueError) as caught:
         fails()
-    assert errors.users_error_behind(caught.value) is None
+    assert errors.user_message(caught.value) is None
+
+
+def test_parts_that_are_to_be_combined_are_refused(good, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    shutil.copytree(good, folder)
+    write_part("valid1")(folder)
+    words = f"{TRAIN} --save-dir {tmp_path}/out"
+    message = message_of("train", folder, f"{words} --combine-valid-subsets", monkeypatch)
+    check(message, "valid1.idx: a second part of valid")
+    for more in ("--ignore-unused-valid-subsets", "--valid-subset valid,valid1"):
+        options = f"{TRAIN} --save-dir {tmp_path}/{more.count('1')} {more}"
+        done = command("fairseq-train", folder, options)
+        assert done.returncode == 0, done.stdout
+        assert ("valid on 'valid1' subset" in done.stdout) == ("valid1" in more)
+
+
+def test_model_that_is_no_language_model_is_refused(good, tmp_path, monkeypatch):
+    words = f"--arch lstm --batch-size 4 --cpu --optimizer sgd --lr 0.1 --save-dir {tmp_path}"
+    check(message_of("train", good, words, monkeypatch), "--arch lstm: not a language model")
+
+
+def test_list_of_folders_is_refused(good, tmp_path, monkeypatch):
+    message = message_of("train", f"{good}:{good}", f"{TRAIN} --save-dir {tmp_path}", monkeypatch)
+    check(message, "a list of folders; name one")
+
+
+def test_whole_traceback_on_demand(good, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRSEQ_SHA_TRACEBACK", "1")
+    argv = ["fairseq-train", good, "--user-dir", "fairseq_sha", "--task", "byte_language_modeling"]
+    words = f"{TRAIN} --save-dir {tmp_path} --window 3"
+    done = subprocess.run(
+        [Path(sys.executable).parent / argv[0], *argv[1:], *words.split()],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" in done.stderr and "--window 3: below" in done.stderr.splitlines()[-1]
 
 
 def test_corpus_shorter_than_a_segment_is_no_mistake(good, tmp_path):

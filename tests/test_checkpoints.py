@@ -9,8 +9,10 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
-from fairseq_sha import UserError
+from fairseq_sha import UserError, compatibility
 from fairseq_sha.checkpoints import is_whole, replace_damaged_last_checkpoint
+
+compatibility.apply()
 
 
 @pytest.fixture
@@ -75,7 +77,24 @@ def test_interrupted_copy_leaves_the_old_file(folder, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             PathManager.copy(str(source), str(last), overwrite=True)
     assert name_in(last) == "checkpoint_last"
+    assert not list(folder.glob("*.unfinished"))
     assert PathManager.copy(str(source), str(last), overwrite=True)
+    assert name_in(last) == "checkpoint_1_9"
+
+
+def test_file_in_torchs_older_format_is_whole_unless_it_was_cut(folder, caplog):
+    """The format has no checksums; a file was cut if it cannot be loaded."""
+    last = folder / "checkpoint_last.pt"
+    state = {"model": {"name": "older", "weights": torch.rand(9999)}}
+    torch.save(state, last, _use_new_zipfile_serialization=False)
+    assert is_whole(last)
+    replace_damaged_last_checkpoint(folder)
+    assert name_in(last) == "older" and not caplog.text
+    truncate(last)
+    assert not is_whole(last)
+    with pytest.raises(UserError, match="not a checkpoint that fairseq wrote, or a damaged one"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(last))
+    replace_damaged_last_checkpoint(folder)
     assert name_in(last) == "checkpoint_1_9"
 
 

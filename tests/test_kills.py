@@ -93,6 +93,53 @@ def test_run_that_is_done_stays_as_it_is(data, tmp_path):
     assert (tmp_path / "checkpoint_last.pt").read_bytes() == last
 
 
+def test_run_that_has_used_its_time_stays_as_it_is(data, tmp_path):
+    options = f"{SHA_RNN} --stop-time-hours 1e-9 --save-dir {tmp_path}"
+    first = command("fairseq-train", data, options)
+    assert first.returncode == 0, first.stdout
+    last = (tmp_path / "checkpoint_last.pt").read_bytes()
+    again = command("fairseq-train", data, options)
+    assert again.returncode == 0, again.stdout
+    assert "nothing left to train: there have been 1 updates (--stop-time-hours" in again.stdout
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == last
+
+
+def test_patience_goes_on_counting(data, tmp_path):
+    """Without a learning rate nothing improves: the first validation is followed by three more."""
+    options = f"{SHA_RNN} --lr 0 --validate-interval-updates 2 --save-interval-updates 2"
+    options += f" --patience 3 --save-dir {tmp_path} --max-update"
+    first = command("fairseq-train", data, f"{options} 4")
+    assert first.returncode == 0 and "early stop" not in first.stdout, first.stdout
+    second = command("fairseq-train", data, f"{options} 30")
+    assert second.returncode == 0, second.stdout
+    assert "early stop since valid performance" in second.stdout
+    assert set(logged_losses(second.stdout)) == {f"num_updates={i}" for i in (5, 6, 7, 8)}
+    third = command("fairseq-train", data, f"{options} 30")
+    assert "nothing left to train: there have been 8 updates (--patience 3)" in third.stdout
+    assert third.returncode == 0 and not logged_losses(third.stdout)
+
+
+def test_count_that_checkpoints_do_not_hold_is_named(data, tmp_path):
+    options = f"{SHA_RNN} --save-dir {tmp_path} --lr-scheduler reduce_lr_on_plateau --lr-patience 2"
+    first = command("fairseq-train", data, f"{options} --max-update 2")
+    assert first.returncode == 0 and "starts anew" not in first.stdout, first.stdout
+    second = command("fairseq-train", data, f"{options} --max-update 4")
+    assert "the count of --lr-patience starts anew" in second.stdout, second.stdout
+
+
+def test_checkpoint_without_optimizer_is_not_trained_anew_in_silence(data, tmp_path):
+    options = f"{SHA_RNN} --max-update 4 --save-dir {tmp_path} --no-save-optimizer-state"
+    first = command("fairseq-train", data, options)
+    assert first.returncode == 0, first.stdout
+    for more in ("", "--reset-dataloader"):
+        again = command("fairseq-train", data, f"{options} {more}")
+        assert again.returncode == 1 and not logged_losses(again.stdout)
+        last_line = again.stdout.strip().splitlines()[-1]
+        assert "written after 4 updates with --no-save-optimizer-state" in last_line
+    reset = command("fairseq-train", data, f"{options} --reset-optimizer")
+    assert reset.returncode == 0 and len(logged_losses(reset.stdout)) == 4, reset.stdout
+
+
 @pytest.mark.parametrize(
     "extra, checkpoints",
     [

@@ -103,6 +103,15 @@ def test_other_number_of_streams_begins_the_epoch_again(data, tmp_path):
     assert "another number of streams; beginning epoch 1 again" in more.stdout
 
 
+def test_state_that_a_stop_by_time_loses_is_named(data, tmp_path):
+    """Nothing tells the workers in time that this checkpoint will be written."""
+    options = f"{NO_DROPOUT['SHARNN']} --batch-size 2 --disable-validation --save-dir {tmp_path}"
+    first = train_with_workers(data, f"{options} --stop-time-hours 1e-9")
+    assert "leaves out the carried state, since this worker has only its own part" in first
+    second = train_with_workers(data, f"{options} --max-update 3")
+    assert "holds no carried state; going on from nothing" in second
+
+
 def test_worker_that_dies_stops_the_others(data, tmp_path):
     options = f"{NO_DROPOUT['SHARNN']} --max-update 3000 --save-dir {tmp_path}"
     first, second = start_workers(data, options)

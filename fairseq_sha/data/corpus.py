@@ -9,13 +9,13 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset, data_file_path, ind
 
 from fairseq_sha.errors import UserError
 
-TOKENS_AT_ONCE = 1 << 20  # to be looked at: what is made of them stays in the cache
+TOKENS_AT_ONCE = 1 << 20  # searched at once: few enough for the processor's cache
 
 
 class Corpus(FairseqDataset):
-    """A split: ``total_tokens`` token ids, hence ``total_tokens - 1`` predictions, memory-mapped.
+    """A split: ``total_tokens`` token ids, memory-mapped, hence ``total_tokens - 1`` predictions.
 
-    It has the length of its predictions, since that is what is trained on and scored.
+    ``len()`` is the number of predictions, which is what is trained on and scored.
 
     Args:
         prefix (str): the data folder and the name of the split, such as ``data-bin/enwik8/train``
@@ -45,16 +45,19 @@ class Corpus(FairseqDataset):
 
     @property
     def tokens(self):
-        """The token ids, opened at first use in each process: pickling a map would copy it."""
+        """The token ids. Opened at first use in each process, since pickling a map copies it."""
         if self._tokens is None:
             self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         return self._tokens
 
     def find(self, condition):
-        """Where the first token is for which ``condition``, of arrays of token ids, holds; None if
-        there is none."""
+        """The offset of the first token for which a condition holds, or None.
+
+        Args:
+            condition (callable): from an array of token ids to an array of bool
+        """
         for start in range(0, self.total_tokens, TOKENS_AT_ONCE):
-            # Mapped anew each time: what was read of a map counts as this process's memory.
+            # A new map each time: pages that were read count as memory of this process.
             tokens = np.memmap(
                 self.path,
                 dtype=self.dtype,
@@ -68,11 +71,11 @@ class Corpus(FairseqDataset):
         return None
 
     def sample(self):
-        """Some thousand tokens, spread evenly over all."""
+        """About a thousand tokens, spread evenly over the corpus."""
         return self.tokens[:: -(-self.total_tokens // 1000)]
 
     def fingerprint(self):
-        """A string that all but certainly differs for another corpus: length, and a checksum of
+        """A string that almost certainly differs for another corpus: its length, and a checksum of
         :meth:`sample`."""
         return f"{self.total_tokens}-{zlib.crc32(self.sample().tobytes()):08x}"
 

@@ -5,21 +5,24 @@ import math
 
 from fairseq.data.iterators import EpochBatchIterator
 
-from fairseq_sha.checkpoints import check_symbols
+from fairseq_sha import compatibility
+from fairseq_sha.checkpoints import check_codec
 
 logger = logging.getLogger(__name__)
 
 
 class SegmentIterator(EpochBatchIterator):
-    """Yields the segments of a :class:`~fairseq_sha.data.SegmentDataset` in order, one a batch.
+    """Yields the segments of a :class:`~fairseq_sha.data.segments.SegmentDataset` in order, one a
+    batch.
 
     Args:
         dataset (SegmentDataset): the segments of one epoch
-        carried (CarriedState): the model's, to be saved and restored with the position in the
-            epoch; None where nothing is trained
-        like (Tensor): a parameter of the model: restored state gets its device and, if it was
+        carried (CarriedState): the model's, saved and restored with the position in the epoch; None
+            if nothing is trained, or the model carries no state
+        reference (Tensor): a parameter of the model: restored state gets its device and, if it was
             saved from a model in another precision, its type
-        symbols (list of str): the dictionary, saved with the position and compared with it
+        codec (~fairseq_sha.data.codecs.Codec): what token ids stand for, saved with the position
+            and compared with what was saved
         max_carried_bytes (float): checkpoints leave out carried state that is larger, over the
             streams of all workers
         **kwargs: for ``EpochBatchIterator``
@@ -29,8 +32,8 @@ class SegmentIterator(EpochBatchIterator):
         self,
         dataset,
         carried=None,
-        like=None,
-        symbols=None,
+        reference=None,
+        codec=None,
         max_carried_bytes=math.inf,
         **kwargs,
     ):
@@ -43,16 +46,18 @@ class SegmentIterator(EpochBatchIterator):
             **kwargs,
         )
         self.carried = carried
-        self.like = like
-        self.symbols = symbols
+        self.reference = reference
+        self.codec = codec
+        #: What a restored checkpoint says of the run beside its position, until the task took it.
+        self.restored = None
         self.max_carried_bytes = max_carried_bytes
         self.training_workers = dataset.num_streams // dataset.batch_size
 
     @property
     def first_batch(self):
-        """fairseq's dummy batch. Without an identity, so that it leaves no state."""
+        """fairseq's dummy batch, without an identity, so that it leaves no state."""
         batch = super().first_batch
-        del batch["net_input"]["segment"]
+        batch["net_input"].pop("segment", None)
         return batch
 
     def carried_bytes(self):
@@ -65,8 +70,8 @@ class SegmentIterator(EpochBatchIterator):
         return needed and self.carried_bytes() <= self.max_carried_bytes
 
     def gather_carried_state(self):
-        """Before a checkpoint, all of several workers must call this, for the first to save the
-        state of all streams."""
+        """Collect the state of all streams on the first of several workers, which writes the
+        checkpoint. All workers must call this before it does."""
         if self.training_workers > 1 and self.saves_carried_state():
             self.carried.gather()
 
@@ -77,8 +82,8 @@ class SegmentIterator(EpochBatchIterator):
             if saved is not None and _streams_of(saved) not in (None, self.dataset.num_streams):
                 saved = None
                 logger.warning(
-                    "the checkpoint leaves out the carried state, of which this worker has a part "
-                    "only: a resumed run will start from nothing"
+                    "the checkpoint leaves out the carried state, since this worker has only its "
+                    "own part: a resumed run will start from nothing"
                 )
         elif self.carried is not None and not self.end_of_epoch():
             logger.info(
@@ -88,20 +93,23 @@ class SegmentIterator(EpochBatchIterator):
             )
         return {
             **super().state_dict(),
-            "symbols": self.symbols,
+            "symbols": self.codec and self.codec.dictionary.symbols,
+            "codec": self.codec and self.codec.name,
             "segmentation": self.dataset.segmentation(),
             "carried": saved,
-            "precision": None if self.like is None else str(self.like.dtype),
+            "precision": None if self.reference is None else str(self.reference.dtype),
+            "patience": compatibility.patience_count(),
         }
 
     def load_state_dict(self, state_dict):
-        """Go on where the checkpoint left off. If it read another corpus, or cut it otherwise, its
-        position means nothing here: begin its epoch again, from nothing, and say so.
+        """Go on from the checkpoint's position. If it is a position in another corpus, or in other
+        segments of it, begin the epoch again, from nothing, and say so.
 
         Raises:
             UserError: token ids had another meaning
         """
-        check_symbols(state_dict.get("symbols"), self.symbols)
+        if self.codec is not None:
+            check_codec(state_dict, self.codec)
         saved, own = state_dict.get("segmentation"), self.dataset.segmentation()
         if saved != own:
             different = [k for k in own if saved is None or saved.get(k) != own[k]]
@@ -113,13 +121,16 @@ class SegmentIterator(EpochBatchIterator):
             )
             state_dict = {**state_dict, "iterations_in_epoch": 0, "carried": None}
         super().load_state_dict(state_dict)
+        self.restored = {"patience": state_dict.get("patience")}
+        if self.carried is None:
+            return
         carried = state_dict.get("carried")
-        if carried is not None and self.carried is not None:
+        if carried is not None:
             first = self.dataset.first_stream
             streams = slice(first, first + self.dataset.batch_size)
-            same = state_dict.get("precision") == str(self.like.dtype)
-            dtype = None if same else self.like.dtype
-            self.carried.restore(carried, streams, self.like.device, dtype)
+            same = state_dict.get("precision") == str(self.reference.dtype)
+            dtype = None if same else self.reference.dtype
+            self.carried.restore(carried, streams, self.reference.device, dtype)
         elif state_dict.get("iterations_in_epoch", 0) > 0:
             logger.warning("the checkpoint holds no carried state; going on from nothing")
 

@@ -78,6 +78,8 @@ class SegmentDataset(FairseqDataset):
         num_shards (int): workers that share the corpus; there are ``batch_size * num_shards``
             streams in all
         shard (int): which of them this is
+        codec (~fairseq_sha.data.codecs.Codec): says how many bytes, and words if it knows words,
+            the targets of a batch stand for; None to leave that out
     """
 
     def __init__(
@@ -92,12 +94,15 @@ class SegmentDataset(FairseqDataset):
         seed=1,
         num_shards=1,
         shard=0,
+        codec=None,
+        filler=None,
     ):
         super().__init__()
         self.corpus = corpus
         self.split = split
         self.epoch = epoch
         self.pad = pad
+        self.filler = filler
         self.batch_size = batch_size
         self.tokens_per_sample = tokens_per_sample
         self.random_lengths = random_lengths
@@ -110,6 +115,11 @@ class SegmentDataset(FairseqDataset):
         self.offsets = np.append(0, lengths.cumsum())
         self.first_stream = shard * batch_size
         self.bounds = bounds[self.first_stream : self.first_stream + batch_size + 1]
+        self.worth = {}  # what to count of a batch's targets -> how much each token id adds
+        if codec is not None:
+            self.worth["nbytes"] = codec.bytes_per_token()
+            if codec.counts_words:
+                self.worth["nwords"] = codec.is_word().astype(np.int64)
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -125,7 +135,8 @@ class SegmentDataset(FairseqDataset):
         }
 
     def __getitem__(self, index):
-        """Segment ``index`` of ``T`` tokens: ``src_tokens`` and ``target``, ``[batch_size, T]``."""
+        """Segment ``index`` of ``T`` tokens: ``src_tokens`` and ``target``, ``[batch_size, T]``.
+        Also how many targets there are (``ntokens``), and how many bytes and words they are."""
         start, end = self.offsets[index], self.offsets[index + 1]
         window = np.full((self.batch_size, end - start + 1), self.pad, dtype=np.int64)
         num_targets = 0
@@ -135,16 +146,22 @@ class SegmentDataset(FairseqDataset):
             if count > 0:
                 window[row, : count + 1] = self.corpus.tokens[first : first + count + 1]
                 num_targets += int(count)
+        worth = {key: int(table[window[:, 1:]].sum()) for key, table in self.worth.items()}
         window = torch.from_numpy(window)
         streams = torch.arange(self.first_stream, self.first_stream + self.batch_size)
+        inputs = window[:, :-1].contiguous()
+        identity = {"segment": str(SegmentId(self.split, self.epoch, int(index)))}
+        if self.filler is not None:
+            inputs, identity = inputs.masked_fill(inputs == self.pad, self.filler), {}
         return {
             "id": index * self.num_streams + streams,
             "nsentences": self.batch_size,
             "ntokens": num_targets,
+            **worth,
             "net_input": {
-                "src_tokens": window[:, :-1].contiguous(),
+                "src_tokens": inputs,
                 "src_lengths": torch.full((self.batch_size,), int(end - start)),
-                "segment": str(SegmentId(self.split, self.epoch, int(index))),
+                **identity,
             },
             "target": window[:, 1:].contiguous(),
         }

@@ -12,6 +12,8 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import fairseq_sha
+from fairseq_sha import compatibility
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.carried_state import CarriedState
 from fairseq_sha.ops import dropout
@@ -208,6 +210,13 @@ class SegmentDecoder(FairseqIncrementalDecoder):
 class SegmentLanguageModel(FairseqLanguageModel):
     """What fairseq registers: a model is a subclass whose ``build_model`` gives it its decoder, a
     :class:`SegmentDecoder`."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """fairseq's, which looks for the task by its name and loads the checkpoint first."""
+        fairseq_sha.register()
+        compatibility.apply()
+        return super().from_pretrained(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
         """fairseq's, with one line that says what does not fit."""

@@ -1,18 +1,23 @@
-"""What language modeling over segments with carried state needs, whatever the tokens are."""
+"""Language modeling over segments of parallel streams, whatever the tokens are.
 
+Models that carry state (:class:`~fairseq_sha.models.segment_decoder.SegmentDecoder`) are told which
+segment each batch is. fairseq's own language models read each segment on its own.
+"""
+
+import argparse
 import logging
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import List, Optional
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.data import (
     AppendTokenDataset,
-    Dictionary,
     IdDataset,
     ListDataset,
     NestedDictionaryDataset,
@@ -22,14 +27,16 @@ from fairseq.data import (
 )
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
+from fairseq.models import FairseqLanguageModel
 from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
-from fairseq.tasks import FairseqTask
+from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
+from fairseq_sha import compatibility
 from fairseq_sha.checkpoints import (
-    check_symbols,
+    check_codec,
     checkpoint_to_start_from,
     replace_damaged_last_checkpoint,
 )
@@ -37,8 +44,13 @@ from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
     CrossEntropyWithAuxiliaryLosses,
 )
-from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator
+from fairseq_sha.data.codecs import CODECS
+from fairseq_sha.data.corpus import Corpus
+from fairseq_sha.data.segment_iterator import SegmentIterator
+from fairseq_sha.data.segments import SegmentDataset
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.registrations import taken_names
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +59,9 @@ logger = logging.getLogger(__name__)
 class SegmentLanguageModelingConfig(FairseqDataclass):
     data: Optional[str] = field(
         default=None, metadata={"help": "data folder made by a script in preprocess/"}
+    )
+    codec: ChoiceEnum(["words", "bytes"]) = field(
+        default="words", metadata={"help": "what the tokens of the data folder stand for"}
     )
     tokens_per_sample: int = field(
         default=1024,
@@ -79,26 +94,44 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
             "help": "in training, have torch compile the layers (takes minutes at the start)"
         },
     )
+    max_target_positions: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "for fairseq's own models: the longest segment that they can read "
+            "(default: tokens-per-sample)"
+        },
+    )
+    add_bos_token: bool = field(
+        default=False,
+        metadata={"help": "not supported: every token is predicted from the one before it"},
+    )
     seed: int = II("common.seed")
+    log_file: Optional[str] = II("common.log_file")
     tpu: bool = II("common.tpu")
     fp16: bool = II("common.fp16")
     amp: bool = II("common.amp")
     disable_validation: bool = II("dataset.disable_validation")
     validate_after_updates: int = II("dataset.validate_after_updates")
+    valid_subset: str = II("dataset.valid_subset")
+    combine_valid_subsets: Optional[bool] = II("dataset.combine_valid_subsets")
+    ignore_unused_valid_subsets: Optional[bool] = II("dataset.ignore_unused_valid_subsets")
     max_update: int = II("optimization.max_update")
     update_freq: List[int] = II("optimization.update_freq")
     restore_file: str = II("checkpoint.restore_file")
     continue_once: Optional[str] = II("checkpoint.continue_once")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     reset_dataloader: bool = II("checkpoint.reset_dataloader")
+    reset_lr_scheduler: bool = II("checkpoint.reset_lr_scheduler")
+    reset_meters: bool = II("checkpoint.reset_meters")
+    reset_optimizer: bool = II("checkpoint.reset_optimizer")
     save_dir: str = II("checkpoint.save_dir")
     save_interval_updates: int = II("checkpoint.save_interval_updates")
     best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
 class SamplingOrForced(Sampling):
-    """fairseq's sampling, which draws even where it has left but one symbol, of a prompt or at the
-    end, and fails if that one's probability is too small for a float."""
+    """fairseq's sampling, which also works where only one symbol is allowed: in a prompt and at the
+    end. fairseq draws there too, and fails if that symbol's probability underflows."""
 
     def step(self, step, lprobs, *args, **kwargs):
         allowed = lprobs > -math.inf
@@ -110,35 +143,52 @@ class SamplingOrForced(Sampling):
         return scores + given, symbols, beams
 
 
-METRICS = "loss", "nll_loss", "ppl", "bpc"  # that validation with these criterions gives
 MAX_CARRIED_BYTES = {"auto": 1e9, "always": math.inf, "never": 0}
 
 
+@register_task("segment_language_modeling", dataclass=SegmentLanguageModelingConfig)
 class SegmentLanguageModelingTask(FairseqTask):
     """Language modeling in which parallel streams are read segment by segment, in order.
 
     ``--batch-size`` is the number of streams of each worker. Every token but a split's first is
     predicted exactly once an epoch, and scored exactly once in evaluation.
+
+    Logs ``nats``, the mean cost of a token, and ``ppl``, its perplexity; ``bpb``, bits per byte of
+    the original text; and ``wppl``, perplexity per word, if the codec knows words.
+
+    Args:
+        cfg (SegmentLanguageModelingConfig): the settings
+        codec (~fairseq_sha.data.codecs.Codec): what tokens stand for
     """
 
-    def __init__(self, cfg, dictionary, from_checkpoint=False):
+    def __init__(self, cfg, codec, from_checkpoint=False):
         super().__init__(cfg)
-        self.dictionary = dictionary
+        self.codec = codec
+        self.dictionary = codec.dictionary
         self.model = None
         self.is_training = False
         self.train_iterator = None
 
     @classmethod
-    def setup_task(cls, cfg, **kwargs):
-        if not cfg.data:
-            raise UserError("no data folder given; make one with a script in preprocess/")
-        if cfg.tokens_per_sample < 1:
-            raise UserError(f"--tokens-per-sample {cfg.tokens_per_sample}: must be at least 1")
-        return cls(cfg, cls.load_dictionary(os.path.join(cfg.data, "dict.txt")), **kwargs)
+    def add_args(cls, parser):
+        """fairseq's hook where a command line names this task. (fairseq also calls it on import,
+        for its documentation, with a group of arguments.)"""
+        if isinstance(parser, argparse.ArgumentParser):
+            compatibility.apply()
+        super().add_args(parser)
 
     @classmethod
-    def load_dictionary(cls, filename):
-        return Dictionary.load(filename)
+    def setup_task(cls, cfg, **kwargs):
+        compatibility.apply()
+        if not cfg.data:
+            raise UserError("no data folder given; make one with a script in preprocess/")
+        if os.pathsep in cfg.data and not os.path.isdir(cfg.data):
+            raise UserError(f"{cfg.data}: a list of folders; name one, with the whole corpus in it")
+        if cfg.tokens_per_sample < 1:
+            raise UserError(f"--tokens-per-sample {cfg.tokens_per_sample}: must be at least 1")
+        if cfg.add_bos_token:
+            raise UserError("--add-bos-token: not supported; leave it out")
+        return cls(cfg, CODECS[str(cfg.codec)].load(cfg.data), **kwargs)
 
     @property
     def source_dictionary(self):
@@ -151,31 +201,66 @@ class SegmentLanguageModelingTask(FairseqTask):
     def build_model(self, cfg, from_checkpoint=False):
         """fairseq's hook. Training builds its model anew, before it looks for a checkpoint."""
         self.is_training = not from_checkpoint
+        taken = taken_names().get(getattr(cfg, "_name", None))
+        if taken is not None:
+            raise UserError(
+                f"--arch {cfg._name}: {taken} has registered this name, before fairseq_sha could; "
+                "do not import it"
+            )
         if self.is_training:
-            if self.cfg.tpu:
-                raise UserError(
-                    "--bf16 means a TPU to fairseq's command line; for bfloat16 on GPU or CPU use "
-                    "fairseq-hydra-train with common.bf16=true"
-                )
-            if self.cfg.compile and not torch_is_at_least(2, 4):
-                raise UserError(
-                    f"--compile: torch {torch.__version__} is too old; 2.4 or newer can"
-                )
-            if min(self.cfg.update_freq) < 1:
-                raise UserError(f"--update-freq {min(self.cfg.update_freq)}: must be at least 1")
-            replace_damaged_last_checkpoint(self.cfg.save_dir)
-            path = checkpoint_to_start_from(self.cfg)
-            only_weights = path == self.cfg.finetune_from_model or self.cfg.reset_dataloader
-            if path is not None and only_weights:  # else the iterator will look at the symbols
-                weights = checkpoint_utils.load_checkpoint_to_cpu(path)
-                self.load_state_dict(weights.get("task_state") or {})
+            compatibility.begin_run(self.cfg.log_file)
+            self._check_before_training()
         self.model = super().build_model(cfg, from_checkpoint)
-        if self.is_training:
+        if not isinstance(self.model, FairseqLanguageModel):
+            raise UserError(
+                f"--arch {cfg._name}: not a language model; this task trains models that predict "
+                "each token from those before it"
+            )
+        if self.is_training and self.carries_state():
             self.model.decoder.checkpoint_activations = self.cfg.checkpoint_activations
             self.model.decoder.carried.may_overflow = self.cfg.fp16 or self.cfg.amp
             if self.cfg.compile:
                 self.model.decoder.compile_layers()
+        elif self.is_training and self.cfg.compile:
+            raise UserError(f"--compile: not supported for --arch {cfg._name}; leave it out")
         return self.model
+
+    def carries_state(self):
+        """Whether the model carries state between segments; fairseq's own models do not."""
+        return self.model is None or isinstance(self.model.decoder, SegmentDecoder)
+
+    def _check_before_training(self):
+        if self.cfg.tpu:
+            raise UserError(
+                "--bf16 means a TPU to fairseq's command line; for bfloat16 on GPU or CPU use "
+                "fairseq-hydra-train with common.bf16=true"
+            )
+        if self.cfg.compile and not torch_is_at_least(2, 4):
+            raise UserError(f"--compile: torch {torch.__version__} is too old; 2.4 or newer can")
+        if min(self.cfg.update_freq) < 1:
+            raise UserError(f"--update-freq {min(self.cfg.update_freq)}: must be at least 1")
+        self._check_valid_subsets()
+        replace_damaged_last_checkpoint(self.cfg.save_dir)
+        path = checkpoint_to_start_from(self.cfg)
+        only_weights = path == self.cfg.finetune_from_model or self.cfg.reset_dataloader
+        if path is not None and only_weights:  # otherwise the iterator compares the codecs
+            weights = checkpoint_utils.load_checkpoint_to_cpu(path)
+            self.load_state_dict(weights.get("task_state") or {})
+
+    def _check_valid_subsets(self):
+        """fairseq's own check, with the path and the remedy."""
+        if self.cfg.ignore_unused_valid_subsets or self.cfg.combine_valid_subsets:
+            return
+        if self.cfg.disable_validation:
+            return
+        files = sorted(os.listdir(self.cfg.data))
+        splits = [name[:-4] for name in files if re.fullmatch(r"valid.*\d\.idx", name)]
+        for split in splits:
+            if split not in self.cfg.valid_subset.split(","):
+                raise UserError(
+                    f"{os.path.join(self.cfg.data, split)}.idx: would not be validated on; name it "
+                    "in --valid-subset, or add --ignore-unused-valid-subsets"
+                )
 
     def build_criterion(self, cfg, from_checkpoint=False):
         criterion = super().build_criterion(cfg)
@@ -186,29 +271,148 @@ class SegmentLanguageModelingTask(FairseqTask):
                 "cross_entropy_with_auxiliary_losses"
             )
         if self.is_training and isinstance(criterion, CrossEntropyCriterion):
-            metric = self.cfg.best_checkpoint_metric
-            if metric not in METRICS:  # fairseq would notice at the first validation
-                known = ", ".join(METRICS)
+            metric, known = self.cfg.best_checkpoint_metric, self._metrics(criterion)
+            if metric not in known:  # fairseq would notice at the first validation
+                known = ", ".join(known)
                 raise UserError(f"--best-checkpoint-metric {metric}: choose one of {known}")
         return criterion
 
+    def _metrics(self, criterion):
+        """Names of the scores that a validation logs."""
+        own_nll = isinstance(criterion, CrossEntropyWithAuxiliaryLosses) or criterion.sentence_avg
+        names = ["loss", *(["nll_loss"] if own_nll else []), "ppl", "nats", "bpb"]
+        return [*names, "wppl"] if self.codec.counts_words else names
+
+    # The hooks of compatibility.py
+
+    def check_run(self, cfg):
+        """Check options of a training run that fairseq would fail on, or that would break the rule
+        that every token counts once.
+
+        Args:
+            cfg: fairseq's whole config
+
+        Raises:
+            UserError: one of them is wrong
+        """
+        scheduler = cfg.lr_scheduler
+        if getattr(scheduler, "_name", None) == "polynomial_decay":
+            if not float(scheduler.total_num_update) > 0:
+                raise UserError(
+                    f"--total-num-update {scheduler.total_num_update}: must be positive; it is the "
+                    "number of updates over which the learning rate decays"
+                )
+        if cfg.dataset.max_valid_steps is not None:
+            raise UserError(
+                "--max-valid-steps: would give the score of a part of the split; leave it out"
+            )
+
+    def check_restored(self, trainer, path):
+        """Check that training goes on with what a checkpoint holds.
+
+        Raises:
+            UserError: the checkpoint was written without optimizer state
+        """
+        history = getattr(trainer, "_optim_history", None) or [{}]
+        made = history[-1].get("num_updates", 0)
+        if made != trainer.get_num_updates():
+            raise UserError(
+                f"{path}: written after {made} updates with --no-save-optimizer-state, so training "
+                "cannot go on from it; add --reset-optimizer to start again from its weights, with "
+                "0 updates"
+            )
+
+    def nothing_left_to_train(self, cfg, trainer, epoch_itr):
+        """Whether a run that is started again had ended before; says so. fairseq looks at its
+        limits after an update only."""
+        made = trainer.get_num_updates()
+        count = self._restore_patience(cfg, trainer, epoch_itr)
+        hours = getattr(trainer, "_previous_training_time", 0) / 3600  # the same on all workers
+        reasons = {
+            f"--max-update {cfg.optimization.max_update}": 0 < cfg.optimization.max_update <= made,
+            f"--stop-time-hours {cfg.optimization.stop_time_hours}": 0
+            < cfg.optimization.stop_time_hours
+            < hours,
+            f"--patience {cfg.checkpoint.patience}": 0 < cfg.checkpoint.patience <= count,
+        }
+        reached = [reason for reason, holds in reasons.items() if holds]
+        if reached:
+            logger.info(
+                "nothing left to train: there have been %d updates (%s)", made, ", ".join(reached)
+            )
+        return bool(reached)
+
+    def _restore_patience(self, cfg, trainer, epoch_itr):
+        """Restore what ``--patience`` had counted when the checkpoint was written; returns it."""
+        restored, epoch_itr.restored = epoch_itr.restored, None
+        if restored is None:
+            return 0
+        plateau = getattr(trainer.lr_scheduler, "lr_scheduler", None)
+        if getattr(plateau, "patience", 0) > 0:
+            logger.warning(
+                "the count of --lr-patience starts anew, since checkpoints of fairseq do not hold "
+                "it: the learning rate may be reduced later than in an uninterrupted run"
+            )
+        if cfg.checkpoint.patience <= 0 or cfg.checkpoint.reset_meters:
+            return 0
+        if cfg.checkpoint.reset_optimizer:
+            return 0
+        if restored["patience"] is None:
+            logger.warning(
+                "the count of --patience starts anew, since the checkpoint does not hold it"
+            )
+            return 0
+        compatibility.restore_patience_count(restored["patience"])
+        return restored["patience"]["num_runs"]
+
     def begin_epoch(self, epoch, model):
-        """fairseq's hook. A resumed run's next line of log is of what it has seen of the epoch; so
-        is therefore that of a run which comes from the epoch before."""
+        """fairseq's hook. The first log line of a resumed run covers only its own epoch, so the
+        first line of each epoch does the same in an uninterrupted run."""
         if self.train_iterator is not None and self.train_iterator.iterations_in_epoch == 0:
             metrics.reset_meters("train_inner")
 
-    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
-        """fairseq's hook. fairseq looks at ``--max-update`` after an update only, so that a run
-        which is started again when it is done would make one more."""
-        if 0 < self.cfg.max_update <= update_num:
-            logger.info("nothing left to train: there have been %d updates", update_num)
-            raise SystemExit(0)
-        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+    def train_step(self, sample, *args, **kwargs):
+        """fairseq's hook, which also logs the numbers of bytes and words."""
+        loss, sample_size, logged = super().train_step(sample, *args, **kwargs)
+        return loss, sample_size, {**logged, **_worth(sample)}
+
+    def valid_step(self, sample, *args, **kwargs):
+        """fairseq's hook, which also logs the numbers of bytes and words."""
+        loss, sample_size, logged = super().valid_step(sample, *args, **kwargs)
+        return loss, sample_size, {**logged, **_worth(sample)}
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        """fairseq's hook: logs what the criterion does, and the scores named in the class."""
+        criterion_outputs = [
+            {key: value for key, value in output.items() if key not in WORTH}
+            for output in logging_outputs
+        ]
+        super().reduce_metrics(criterion_outputs, criterion)
+
+        def total(key):
+            return sum(output[key] for output in logging_outputs)
+
+        # nll_loss is the cost of the tokens without what a criterion adds.
+        keys = set.intersection(*map(set, logging_outputs)) if logging_outputs else set()
+        cost = "nll_loss" if "nll_loss" in keys else "loss"
+        if not {cost, "ntokens"} <= keys:
+            return
+        nats, tokens = total(cost), total("ntokens")
+        metrics.log_scalar("nats", nats / tokens, tokens, round=4)
+        if "nbytes" in keys:
+            count = total("nbytes")
+            metrics.log_scalar("bpb", nats / count / math.log(2), count, round=4)
+        if "nwords" in keys:
+            count = total("nwords")
+            metrics.log_scalar("_nats_per_word", nats / count, count)
+            metrics.log_derived(
+                "wppl",
+                lambda meters: utils.get_perplexity(meters["_nats_per_word"].avg, base=math.e),
+            )
 
     def optimizer_step(self, optimizer, model, update_num):
         """fairseq's hook. After the update, parameters are clamped to the model's bounds."""
-        bounded = model.decoder.bounded_parameters()
+        bounded = model.decoder.bounded_parameters() if self.carries_state() else []
         masters = {}
         if bounded and isinstance(optimizer, FP16Optimizer):
             if optimizer.has_flat_params:
@@ -218,8 +422,8 @@ class SegmentLanguageModelingTask(FairseqTask):
                 )
             masters = dict(zip(optimizer.fp16_params, optimizer.fp32_params))
         if isinstance(optimizer, AMPOptimizer):
-            # fairseq has torch's scaler unscale the gradients of one object and step another, for
-            # which they would be unscaled once more.
+            # fairseq lets torch's scaler unscale the gradients by one optimizer object and step by
+            # another, for which the scaler would unscale them once more.
             optimizer.scaler.step(optimizer.optimizer)
             optimizer.scaler.update()
         else:
@@ -227,7 +431,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         with torch.no_grad():
             for parameter, low, high in bounded:
                 parameter.clamp_(low, high)
-                # Else the float32 copy would undo it at the next update.
+                # Otherwise the float32 copy would undo it at the next update.
                 if parameter in masters:
                     masters[parameter].clamp_(low, high)
         done, interval = update_num + 1, self.cfg.save_interval_updates
@@ -237,14 +441,26 @@ class SegmentLanguageModelingTask(FairseqTask):
                 self.train_iterator.gather_carried_state()
 
     def begin_valid_epoch(self, epoch, model):
-        """fairseq's hook on all workers before a validation, which comes before each checkpoint in
-        mid-epoch. Only the first worker then reaches the state that is saved."""
+        """fairseq's hook, called on all workers before a validation, and so before each checkpoint
+        within an epoch. When the checkpoint is written, only the first worker is asked."""
         if self.train_iterator is not None:
             self.train_iterator.gather_carried_state()
 
-    def load_dataset(self, split, **kwargs):
-        corpus = Corpus(os.path.join(self.cfg.data, split))
-        wrong = corpus.find(self.is_no_text)
+    def load_dataset(self, split, combine=False, **kwargs):
+        """fairseq's hook.
+
+        Raises:
+            UserError: the split is missing or damaged, holds tokens that stand for no text, or has
+                further parts (``train1``), which fairseq would read too if asked to combine them
+        """
+        path = os.path.join(self.cfg.data, split)
+        if combine and os.path.exists(f"{path}1.idx"):
+            raise UserError(
+                f"{path}1.idx: a second part of {split}, which fairseq would append; preprocess "
+                "the parts as one, or move it away"
+            )
+        corpus = Corpus(path)
+        wrong = corpus.find(self.codec.is_forbidden)
         if wrong is not None:
             what, token = f"tokens that {self.cfg.data}/dict.txt lacks", int(corpus.tokens[wrong])
             if token < len(self.dictionary):
@@ -255,17 +471,13 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         self.datasets[split] = corpus
 
-    def is_no_text(self, tokens):
-        """Which token ids, of an array, no corpus may hold: unknown ones, ``<s>`` and ``<pad>``."""
-        return (tokens >= len(self.dictionary)) | (tokens < self.dictionary.eos())
-
     def state_dict(self):
-        """What checkpoints say of the task: the symbols that token ids stand for."""
-        return {"symbols": self.dictionary.symbols}
+        """What checkpoints say of the task: what token ids stand for."""
+        return {"symbols": self.dictionary.symbols, "codec": self.codec.name}
 
     def load_state_dict(self, state_dict):
-        """fairseq's hook in evaluation and generation; in training the iterator checks the same."""
-        check_symbols(state_dict.get("symbols"), self.dictionary.symbols)
+        """fairseq's hook in evaluation and generation. In training the iterator does the same."""
+        check_codec(state_dict, self.codec)
 
     def get_batch_iterator(
         self,
@@ -276,19 +488,28 @@ class SegmentLanguageModelingTask(FairseqTask):
         num_workers=0,
         epoch=1,
         data_buffer_size=0,
+        max_tokens=None,
         skip_remainder_batch=False,
         update_epoch_batch_itr=None,
         **kwargs,
     ):
         """fairseq's hook. A :class:`Corpus` is cut into segments; what
-        :meth:`build_dataset_for_inference` made is batched as by any task.
+        :meth:`build_dataset_for_inference` made is batched as in any task.
+
+        These options of fairseq's change nothing here: batches are never shuffled
+        (``--curriculum``, ``--grouped-shuffling``, ``--update-ordered-indices-seed``), no item is
+        too long (``--skip-invalid-size-inputs-valid-test``), and the number of streams and the
+        length of segments are what was asked for (``--required-batch-size-multiple``,
+        ``--required-seq-len-multiple``).
 
         Raises:
-            UserError: no batch size, which here is the number of streams
+            UserError: no batch size, which here is the number of streams; or an option that would
+                leave out tokens
         """
         if not isinstance(dataset, Corpus):
             return super().get_batch_iterator(
                 dataset,
+                max_tokens=max_tokens,
                 max_sentences=max_sentences,
                 num_shards=num_shards,
                 shard_id=shard_id,
@@ -301,8 +522,18 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise UserError("--batch-size is missing: it is the number of parallel streams")
         if max_sentences < 1:
             raise UserError(f"--batch-size {max_sentences}: must be at least 1")
+        if max_tokens is not None and max_tokens < max_sentences * self.cfg.tokens_per_sample:
+            raise UserError(
+                f"--max-tokens {max_tokens}: {max_sentences} streams (--batch-size) with segments "
+                f"of {self.cfg.tokens_per_sample} tokens (--tokens-per-sample) are more; leave it "
+                "out or change the others"
+            )
         if num_workers < 0:
             raise UserError(f"--num-workers {num_workers}: must be at least 0")
+        if skip_remainder_batch:
+            raise UserError(
+                "--skip-remainder-batch: would leave out the end of each epoch; leave it out"
+            )
         if num_shards > 1 and not self.is_training:
             raise UserError(
                 f"{num_shards} workers: fairseq would report the score of one worker's part as "
@@ -327,21 +558,33 @@ class SegmentLanguageModelingTask(FairseqTask):
             seed=self.cfg.seed,
             num_shards=num_shards,
             shard=shard_id,
+            codec=self.codec,
+            filler=None if self.carries_state() else self.codec.start,
         )
-        decoder = self.model.decoder if training else None
+        self._check_positions(segments)
+        carries = training and self.carries_state()
         iterator = SegmentIterator(
             segments,
-            carried=decoder and decoder.carried,
-            like=decoder and next(decoder.parameters()),
-            symbols=self.dictionary.symbols,
+            carried=self.model.decoder.carried if carries else None,
+            reference=next(self.model.parameters()) if training else None,
+            codec=self.codec,
             max_carried_bytes=MAX_CARRIED_BYTES[str(self.cfg.save_carried_state)],
             num_workers=num_workers,
             buffer_size=data_buffer_size,
-            skip_remainder_batch=skip_remainder_batch,
         )
         if training:
             self.train_iterator = iterator
         return iterator
+
+    def _check_positions(self, segments):
+        if self.carries_state():
+            return
+        longest, limit = int(np.diff(segments.offsets).max()), self.model.max_positions()
+        if longest > limit:
+            raise UserError(
+                f"--tokens-per-sample {self.cfg.tokens_per_sample}: this model reads at most "
+                f"{limit} tokens at once; use fewer, or train it with --max-target-positions"
+            )
 
     def eval_lm_dataloader(
         self, dataset, batch_size=None, num_shards=1, context_window=0, **kwargs
@@ -351,21 +594,31 @@ class SegmentLanguageModelingTask(FairseqTask):
         Raises:
             UserError: options whose result would not count every token once
         """
-        if context_window > 0:
-            raise UserError(
-                "--context-window has no use here: every token is scored once, with the state "
-                "carried from all text before it; leave it out"
-            )
         kwargs = {k: kwargs[k] for k in ("num_workers", "data_buffer_size") if k in kwargs}
         return self.get_batch_iterator(
-            dataset,
+            self._evaluation_dataset(dataset, context_window),
             max_sentences=1 if batch_size is None else batch_size,
             num_shards=num_shards,
             **kwargs,
         ).next_epoch_itr(shuffle=False)
 
-    # Text is one stream without an end. Generation therefore takes newline for what came before the
-    # prompt, and another symbol, which it cannot choose, for fairseq's end of a hypothesis.
+    def _evaluation_dataset(self, corpus, context_window):
+        """What ``fairseq-eval-lm`` reads: the corpus, for segments that follow each other.
+
+        A sliding window (``--context-window``, by which fairseq has reduced ``tokens_per_sample``)
+        belongs here, for models that carry no state.
+        """
+        if context_window > 0 and self.carries_state():
+            raise UserError(
+                "--context-window has no use here: every token is scored once, with the state "
+                "carried from all text before it; leave it out"
+            )
+        if context_window > 0:
+            raise UserError("--context-window is not supported; leave it out")
+        return corpus
+
+    # Text is one stream without an end. Generation starts from the codec's start symbol, and gives
+    # fairseq another symbol, which cannot be chosen, for the end of a hypothesis.
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
         """Prompts for generation, or texts for scoring.
@@ -376,7 +629,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         """
         lengths = np.array([int(length) for length in src_lengths])
         texts = ListDataset([tokens.long() for tokens in src_tokens], lengths)
-        inputs = PrependTokenDataset(texts, self.dictionary.eos())
+        inputs = PrependTokenDataset(texts, self.codec.start)
         targets = AppendTokenDataset(texts, self.dictionary.pad())
         return NestedDictionaryDataset(
             {
@@ -392,29 +645,27 @@ class SegmentLanguageModelingTask(FairseqTask):
 
     def build_generator(self, models, args, extra_gen_cls_kwargs=None, **kwargs):
         """fairseq's generator, which goes on to the maximum length, newlines included, and chooses
-        no symbol that :meth:`symbols_without_text` names."""
+        no symbol that the codec excludes."""
+        excluded, unknown = set(self.codec.not_generated()), self.dictionary.unk()
         generator = super().build_generator(
             models,
             args,
             extra_gen_cls_kwargs={
                 "eos": self.dictionary.bos(),
-                "tokens_to_suppress": self.symbols_without_text(),
+                "tokens_to_suppress": [self.dictionary[i] for i in excluded if i > unknown],
                 **(extra_gen_cls_kwargs or {}),
             },
             **kwargs,
         )
         if isinstance(generator, SequenceGenerator):
-            generator.unk_penalty = math.inf
+            if unknown in excluded:
+                generator.unk_penalty = math.inf
             if isinstance(generator.search, Sampling):
                 search = generator.search
                 generator.search = SamplingOrForced(
                     self.dictionary, search.sampling_topk, search.sampling_topp
                 )
         return generator
-
-    def symbols_without_text(self):
-        """Symbols of the dictionary, beside the special ones, that must not be generated."""
-        return [s for s in self.dictionary.symbols if s.startswith("madeupword")]
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
         if constraints is not None:
@@ -424,7 +675,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         inputs = sample["net_input"]["src_tokens"]
         # No hypothesis ends before the maximum length, which fairseq derives from the prompt's.
         generator.min_len = int(generator.max_len_a * inputs.size(1) + generator.max_len_b)
-        if "segment" in sample["net_input"]:
+        if "nsentences" in sample:
             # fairseq-generate: the prompts are what segments begin with, --prefix-size tokens.
             prefix_tokens = inputs[:, : 0 if prefix_tokens is None else prefix_tokens.size(1)]
         elif prefix_tokens is None:
@@ -434,6 +685,19 @@ class SegmentLanguageModelingTask(FairseqTask):
                 f"a prompt of {prefix_tokens.size(1)} tokens is longer than the maximum length, "
                 f"{generator.min_len}, of prompt and continuation; raise --max-len-b"
             )
+        limit = min(model.max_decoder_positions() for model in models) - 1
+        if generator.min_len > limit:
+            raise UserError(
+                f"a length of {generator.min_len} tokens: this model reads at most {limit}; lower "
+                "--max-len-b"
+            )
         return generator.generate(
-            models, sample, prefix_tokens=prefix_tokens, bos_token=self.dictionary.eos()
+            models, sample, prefix_tokens=prefix_tokens, bos_token=self.codec.start
         )
+
+
+WORTH = "nbytes", "nwords"  # what batches say of their targets, beside the number of tokens
+
+
+def _worth(sample):
+    return {key: sample[key] for key in WORTH if key in (sample or {})}

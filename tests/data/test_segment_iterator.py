@@ -4,8 +4,13 @@ import logging
 
 import pytest
 import torch
+from fairseq.data import Dictionary
 
-from fairseq_sha.data import Corpus, SegmentDataset, SegmentIterator
+from fairseq_sha import UserError
+from fairseq_sha.data.codecs import ByteCodec, WordCodec
+from fairseq_sha.data.corpus import Corpus
+from fairseq_sha.data.segment_iterator import SegmentIterator
+from fairseq_sha.data.segments import SegmentDataset
 from tests.tiny_corpus import text, write_split
 
 
@@ -47,7 +52,7 @@ def iterator(corpus, batch_size=4, tokens_per_sample=20, num_shards=1, shard=0, 
         num_shards=num_shards,
         shard=shard,
     )
-    options = {"like": torch.zeros(1), **options}
+    options = {"reference": torch.zeros(1), **options}
     return SegmentIterator(dataset, carried=Carried(batch_size), **options)
 
 
@@ -84,6 +89,7 @@ def test_state_of_one_process_serves_several(corpus):
 def test_several_workers_save_the_state_of_all_streams_if_gathered(corpus, caplog):
     worker = iterator(corpus, batch_size=2, num_shards=2)
     assert state_after(worker, 3)["carried"] is None
+    assert "a resumed run will start from nothing" in caplog.text
     worker.gather_carried_state()
     resumed = iterator(corpus)
     resumed.load_state_dict(worker.state_dict())
@@ -119,7 +125,7 @@ def test_state_above_the_limit_is_left_out(corpus, caplog, batch_size, num_shard
 def test_state_keeps_its_types_unless_the_precision_changed(corpus):
     saved = state_after(iterator(corpus), 3)
     for dtype, expected in ((torch.float32, None), (torch.bfloat16, torch.bfloat16)):
-        resumed = iterator(corpus, like=torch.zeros(1, dtype=dtype))
+        resumed = iterator(corpus, reference=torch.zeros(1, dtype=dtype))
         resumed.load_state_dict(saved)
         assert resumed.carried.dtype == expected
 
@@ -145,3 +151,31 @@ def test_another_segmentation_begins_the_epoch_again(corpus, caplog, changed, na
 
 def test_dummy_batch_has_no_identity(corpus):
     assert "segment" not in iterator(corpus).first_batch["net_input"]
+
+
+def test_model_without_state_resumes_in_silence(corpus, caplog):
+    def stateless():
+        dataset = SegmentDataset(corpus, "train", 1, 1, batch_size=4, tokens_per_sample=20)
+        return SegmentIterator(dataset, reference=torch.zeros(1))
+
+    saved = state_after(stateless(), 3)
+    assert saved["carried"] is None
+    resumed = stateless()
+    resumed.load_state_dict(saved)
+    assert next_segment(resumed) == "train:1:3" and not caplog.text
+
+
+def test_codec_is_saved_and_compared(corpus, tmp_path):
+    def with_codec(codec):
+        return iterator(corpus, codec=codec)
+
+    codec = ByteCodec.from_symbols([*Dictionary().symbols, "97", "98"])
+    saved = state_after(with_codec(codec), 3)
+    with_codec(codec).load_state_dict(saved)
+    other = ByteCodec.from_symbols([*Dictionary().symbols, "98", "97"])
+    with pytest.raises(UserError, match="another dictionary, in which token 4 was '97', not '98'"):
+        with_codec(other).load_state_dict(saved)
+    words = WordCodec.from_symbols(codec.dictionary.symbols)
+    with pytest.raises(UserError, match="trained with --codec bytes, not words"):
+        with_codec(words).load_state_dict(saved)
+    with_codec(codec).load_state_dict({**saved, "codec": None})  # of an older version

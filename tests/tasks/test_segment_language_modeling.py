@@ -11,6 +11,7 @@ from fairseq.optim.sgd import SGD as FairseqSGD
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
+from fairseq_sha.data.codecs import WordCodec
 from fairseq_sha.tasks.segment_language_modeling import (
     SegmentLanguageModelingConfig,
     SegmentLanguageModelingTask,
@@ -19,13 +20,17 @@ from tests.conftest import dictionary_of
 from tests.models.test_adaptive_span import decoder
 
 
+def codec():
+    return WordCodec(dictionary_of(29))
+
+
 @pytest.fixture
 def model():
     return FairseqLanguageModel(decoder(adapt_span_init=0.5))
 
 
 def update(optimizer, model):
-    task = SegmentLanguageModelingTask(SegmentLanguageModelingConfig(), dictionary_of(29))
+    task = SegmentLanguageModelingTask(SegmentLanguageModelingConfig(), codec())
     task.optimizer_step(optimizer, model, update_num=1)
 
 
@@ -108,6 +113,6 @@ def test_flat_float32_copies_are_refused(model):
 def test_torch_that_cannot_compile_is_named(monkeypatch):
     module = sys.modules[SegmentLanguageModelingTask.__module__]
     monkeypatch.setattr(module, "torch_is_at_least", lambda *_: False)
-    cfg = SegmentLanguageModelingConfig(compile=True, tpu=False)
+    cfg = SegmentLanguageModelingConfig(compile=True, tpu=False, log_file=None)
     with pytest.raises(UserError, match="--compile: torch .* is too old; 2.4 or newer can"):
-        SegmentLanguageModelingTask(cfg, dictionary_of(29)).build_model(None)
+        SegmentLanguageModelingTask(cfg, codec()).build_model(None)
