@@ -1,17 +1,54 @@
 """Files that appear when they are complete: written under another name, then renamed."""
 
+import contextlib
 import os
+import secrets
 import shutil
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def unfinished(path):
+    """Yield a temporary name beside ``path``. At the end of the block, what was written there
+    takes the place of ``path``; if the block fails, it is removed.
+
+    At any time ``path`` is the old file, if there was one, or the whole new one.
+
+    Args:
+        path (str or Path): what to write; its folder must exist
+
+    Raises:
+        OSError: the file cannot be written
+    """
+    path = Path(path)
+    # In the same folder, since a rename cannot leave the file system; the random part keeps two
+    # writers apart.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_atomically(path, content):
+    """Write a file in one step, see :func:`unfinished`.
+
+    Args:
+        path (str or Path): what to write; its folder must exist
+        content (bytes or str): text is written in UTF-8, with ``?`` for what UTF-8 cannot encode
+            (the undecodable bytes of a file name)
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")
+    with unfinished(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def copy_atomically(source, destination):
-    """Copy a file. At any time the destination is the old file or the whole new one."""
-    unfinished = f"{destination}.unfinished"
-    try:
-        shutil.copyfile(source, unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, destination)
-    finally:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
+    """Copy a file in one step, see :func:`unfinished`."""
+    with unfinished(destination) as temporary:
+        shutil.copyfile(source, temporary)

@@ -1,0 +1,57 @@
+"""Files appear when they are complete, or not at all."""
+
+import os
+import resource
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from fairseq_sha.files import write_atomically
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"\x00\xff\r\n", b"\x00\xff\r\n"),
+        ("Zürich\n", b"Z\xc3\xbcrich\n"),
+        (os.fsdecode(b"name \xe9"), b"name ?"),
+        ("", b""),
+    ],
+)
+def test_content(tmp_path, content, expected):
+    for path in (tmp_path / "x", str(tmp_path / "x")):  # the second replaces the first
+        write_atomically(path, content)
+        assert (tmp_path / "x").read_bytes() == expected
+        assert os.listdir(tmp_path) == ["x"]
+
+
+def test_ordinary_permissions(tmp_path):
+    write_atomically(tmp_path / "ours", "")
+    (tmp_path / "ordinary").write_text("")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "ordinary")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, old):
+    if old:
+        (tmp_path / "x").write_bytes(old)
+
+    def limit():  # a file that grows beyond this is an OSError, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from fairseq_sha.files import write_atomically\n"
+        "try: write_atomically('x', bytes(20_000))\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", code, root], cwd=tmp_path, capture_output=True, preexec_fn=limit
+    )
+    assert done.stdout == b"File too large\n", done.stderr
+    assert os.listdir(tmp_path) == (["x"] if old else [])
+    assert not old or (tmp_path / "x").read_bytes() == old
