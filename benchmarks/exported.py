@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from timing import arguments, describe_machine
 
-from fairseq_sha.data import Corpus
+from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.export import export
 from fairseq_sha.trained_model import TrainedModel
 

@@ -28,7 +28,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_sha.checkpoints import is_damaged
-from fairseq_sha.data import ByteDictionary, Corpus
+from fairseq_sha.data.byte_dictionary import ByteDictionary
+from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.adaptive_span import AdaptiveSpan, AdaptiveSpanConfig
 from fairseq_sha.models.sha_rnn import SHARNN, SHARNNConfig

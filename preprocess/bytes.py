@@ -1,8 +1,8 @@
 r"""Turn any file into a data-bin folder for training on its bytes.
 
-The end of the file is cut off as the test split and what is then its end as the valid split; the
-rest is train. Nothing is tokenized or normalised: one byte is one token, and the newline byte is
-fairseq's </s>.
+The last part of the file becomes the test split, the part before it the valid split, and the rest
+train. Nothing is tokenized or normalised: one byte is one token, and the newline byte is fairseq's
+</s>.
 
     python preprocess/bytes.py --input FILE --dest data-bin/NAME
     python preprocess/bytes.py --input FILE --dest data-bin/NAME --valid-bytes 5000 \
@@ -12,7 +12,7 @@ fairseq's </s>.
 import argparse
 from fractions import Fraction
 
-import data_bin
+from fairseq_sha.data import data_bin
 
 DEFAULT_PERCENT = Fraction(5)
 
@@ -49,11 +49,11 @@ def parse(argv):
 
 
 def held_out(args, size):
-    """Bytes of valid and test in a file of ``size`` bytes."""
+    """Sizes of valid and test, in bytes, for a file of ``size`` bytes."""
     if args.valid_bytes is not None:
         return args.valid_bytes, args.test_bytes
     shares = (args.valid_percent, args.test_percent)
-    # Exact, since 32.3 % of 1000 bytes is 322 in binary floating point.
+    # Fractions are exact; in binary floating point 32.3% of 1000 bytes would be 322.
     return tuple(int(size * (DEFAULT_PERCENT if p is None else p) / 100) for p in shares)
 
 

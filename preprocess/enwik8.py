@@ -1,16 +1,16 @@
 """Make the data-bin folder of enwik8, the first 100,000,000 bytes of an English Wikipedia dump.
 
-The customary split: the first 90 million bytes are train, the next 5 million valid, the last 5
-million test. Size and SHA-1 of the corpus are checked.
+The split is the usual one: the first 90 million bytes are train, the next 5 million valid, the last
+5 million test. Size and SHA-1 of the corpus are checked.
 
     python preprocess/enwik8.py --dest data-bin/enwik8
 
-downloads enwik8.zip (36 MB) into the folder that is to hold data-bin/enwik8, unless it lies there
-already. A download that broke off goes on where it stopped when the command is run again.
+downloads enwik8.zip (36 MB) to data-bin/enwik8.zip, unless that file exists. An interrupted
+download continues where it stopped when the command is run again.
 
     python preprocess/enwik8.py --dest data-bin/enwik8 --input enwik8.zip
 
-takes a file that you have, zipped or not.
+uses a file that you have, zipped or not.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ import urllib.error
 import urllib.request
 import zipfile
 
-import corpus
-import data_bin
-from data_bin import UserError, explained
+from fairseq_sha.data import data_bin, known_corpora
+from fairseq_sha.data.data_bin import explained
+from fairseq_sha.errors import UserError
 
-ENWIK8 = corpus.Corpus(
+ENWIK8 = known_corpora.KnownCorpus(
     name="enwik8",
     size=100_000_000,
     sha1="57b8363b814821dc9d47aa4d41f58733519076b2",
@@ -46,15 +46,15 @@ def main(argv=None, known=ENWIK8):
     path = args.input or download(args.url, dest.with_name("enwik8.zip"))
     remedy = "give another --input" if args.input else "delete it and run again"
     with data_bin.open_input(path) as file, unzipped(file, path, known, remedy) as stream:
-        corpus.convert(stream, path, known, remedy, dest, args.all_bytes)
+        known_corpora.convert(stream, path, known, remedy, dest, args.all_bytes)
 
 
 @contextlib.contextmanager
 def unzipped(file, path, known, remedy):
-    """Yield what is in ``file``: its only member if it is a zip, and itself if not."""
+    """Yield the content of ``file``: its only member if it is a zip, the file itself if not."""
     magic = file.read(len(ZIP_MAGIC))
     file.seek(0)
-    # Not zipfile.is_zipfile, which takes a truncated zip for something else.
+    # zipfile.is_zipfile would not recognise a truncated zip.
     if magic != ZIP_MAGIC:
         yield file
         return
@@ -65,16 +65,16 @@ def unzipped(file, path, known, remedy):
     except ValueError:
         raise UserError(f"{path} does not hold exactly one file; {remedy}") from None
     except (zipfile.BadZipFile, RuntimeError) as error:
-        raise corpus.damaged(path, error, remedy) from error
+        raise known_corpora.damaged(path, error, remedy) from error
     with archive, packed:
-        yield corpus.unpack(packed, path, known, remedy)
+        yield known_corpora.unpack(packed, path, known, remedy)
 
 
 def download(url, path):
-    """Download ``url`` to ``path``, or go on where an earlier call stopped; returns ``path``.
+    """Download ``url`` to ``path``, or continue where an earlier call stopped; returns ``path``.
 
-    What has arrived lies in ``path``.part until it is complete. UserError: the network fails, or
-    the folder cannot be written to.
+    The file is called ``path``.part until it is complete. UserError: the network fails, or the
+    folder cannot be written to.
     """
     if path.exists():
         print(f"using {path}")
@@ -87,11 +87,13 @@ def download(url, path):
         with request(url, have) as response:
             if response.getcode() != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                 receive(response, part, have)
-    # HTTPException: the connection breaks off. ValueError: what is given as --url is none.
+    except UserError:
+        raise
+    # HTTPException: the connection breaks. ValueError: --url is not a URL.
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"cannot download {url}: {reason}; run again to go on with the download, "
+            f"cannot download {url}: {reason}; run again to continue the download, "
             "or get the file some other way and give --input"
         ) from error
     with explained(f"cannot write {path}", "choose another --dest"):
@@ -100,7 +102,7 @@ def download(url, path):
 
 
 def request(url, have):
-    """Ask for ``url`` from byte ``have`` on. The answer has status 416 if that is where it ends."""
+    """Request ``url`` from byte ``have`` on. The response has status 416 if it ends there."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
@@ -109,18 +111,19 @@ def request(url, have):
             raise
         if error.headers.get("Content-Range") == f"bytes */{have}":
             return error
-    return request(url, 0)  # what we have is not the beginning of what is there
+    return request(url, 0)  # what we have is longer than the file
 
 
 def receive(response, part, have):
-    """Write the body of ``response`` to ``part``, after its first ``have`` bytes if it fits there.
+    """Write the body of ``response`` to ``part``, after its first ``have`` bytes if that is the
+    range that was sent.
 
     OSError: the network fails, or the body is shorter than announced. UserError: cannot write.
     """
     if response.getcode() != http.client.PARTIAL_CONTENT:
-        have = 0  # the server does not do ranges and sends everything
+        have = 0  # the server does not support ranges and sends everything
     elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-        raise OSError("the server sent another part of the file than it was asked for")
+        raise OSError("the server sent another part of the file than the one requested")
     length = response.headers.get("Content-Length")
     total = have + int(length) if length else None
     with open_part(part, "ab" if have else "wb") as file:
@@ -146,7 +149,7 @@ def open_part(part, mode):
 def show(have, total, shown):
     """Print the progress on stderr if it differs from ``shown``, and return it.
 
-    A terminal gets each percent on one line; a log gets a line for each tenth.
+    A terminal shows every percent, on one line; a log gets one line per 10 percent.
     """
     terminal = sys.stderr.isatty()
     if total is None:

@@ -1,24 +1,23 @@
-"""Make the data-bin folder of enwiki6, a small corpus for trying things out.
+"""Make the data-bin folder of enwiki6, a small corpus for experiments.
 
-enwiki6 is 6,089,746 bytes of English Wikipedia in XML, the format of enwik8. The Python package
-gensim carries it as test data, so it comes from PyPI and nothing of gensim is run:
+enwiki6 is 6,089,746 bytes of English Wikipedia in XML, the format of enwik8. It is test data of the
+Python package gensim, so pip can download it; no code of gensim is run:
 
     pip install --no-deps gensim==4.4.0
     python preprocess/enwiki6.py --dest data-bin/enwiki6
 
-valid and test are a twentieth each (304,487 bytes), at the end. All 201 byte values that occur
-do so in train.
+valid and test are the last two twentieths (304,487 bytes each). Train contains all 201 byte values
+that occur.
 """
 
 import bz2
 import importlib.util
 import os
 
-import corpus
-import data_bin
-from data_bin import UserError
+from fairseq_sha.data import data_bin, known_corpora
+from fairseq_sha.errors import UserError
 
-ENWIKI6 = corpus.Corpus(
+ENWIKI6 = known_corpora.KnownCorpus(
     name="enwiki6",
     size=6_089_746,
     sha1="9b2a2d55a751a1449c04d584d4711b62bf35b588",
@@ -38,13 +37,13 @@ def main(argv=None, known=ENWIKI6):
     path = args.input or find()
     remedy = "give another --input" if args.input else REINSTALL
     with data_bin.open_input(path) as file, bz2.open(file) as packed:
-        unpacked = corpus.unpack(packed, path, known, remedy)
-    corpus.convert(unpacked, path, known, remedy, dest, args.all_bytes)
+        unpacked = known_corpora.unpack(packed, path, known, remedy)
+    known_corpora.convert(unpacked, path, known, remedy, dest, args.all_bytes)
 
 
 def find():
-    """The path of gensim's file. UserError: there is no gensim, or it lacks the file."""
-    # Locates the package without running it: importing gensim needs packages we do without.
+    """The path of gensim's file. UserError: gensim is not installed or lacks the file."""
+    # Find the package without importing it: that would need packages that we do not install.
     spec = importlib.util.find_spec("gensim")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"enwiki6 comes from gensim, which is not installed; {INSTALL}")

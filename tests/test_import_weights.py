@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
 from fairseq_sha import UserError
-from fairseq_sha.data import ByteDictionary
+from fairseq_sha.data.byte_dictionary import ByteDictionary
 from fairseq_sha.import_weights import import_weights, read_symbols
 from tests.conftest import golden_cases
 from tests.models import golden

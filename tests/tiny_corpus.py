@@ -9,7 +9,7 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from numpy import uint16
 
-from fairseq_sha.data import ByteDictionary
+from fairseq_sha.data.byte_dictionary import ByteDictionary
 
 
 def text(size, seed=1):

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fairseq_sha import UserError
-from fairseq_sha.data import ByteDictionary, Corpus
+from fairseq_sha.data.byte_dictionary import ByteDictionary
+from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.models.sha_rnn import SHARNN
 
 PROMPT = "'''London''' is "

@@ -5,9 +5,10 @@ The folder holds ``dict.txt`` and, for each of train, valid and test, the pair o
 An item is a line: the newline byte is ``</s>`` and ends it. A last line without a newline is an
 item without ``</s>``, so a split has exactly as many tokens as bytes.
 
-fairseq itself could write these files, but importing it costs about 5 seconds, more than the
+fairseq itself could write these files, but importing it takes about 5 seconds, longer than the
 whole conversion of 100 MB. That is why the few lines that write the index and the dictionary are
-here, and why nothing here needs more than numpy. The tests prove them identical to fairseq's.
+here, and why this module needs nothing but numpy. The tests show that the files are identical to
+fairseq's.
 """
 
 import argparse
@@ -25,9 +26,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that end a program politely
+from fairseq_sha.errors import UserError, wants_traceback
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that ask a program to end
 MINIMUM = 2  # bytes in a split: one to predict from and one to predict
 NEWLINE = 10
+UNFINISHED = ".partial"  # ends the name of a folder that is being written
 CHUNK = 1 << 18  # bytes at a time; small enough for numpy's intermediate arrays to stay in cache
 
 # fairseq's Dictionary: <s>, <pad>, </s>, <unk>, then the symbols; the size a multiple of 8.
@@ -43,13 +47,9 @@ UINT16_CODE = 8
 LONGEST_ITEM = np.iinfo(np.int32).max
 
 
-class UserError(Exception):
-    """Something the user can put right. Its text is one line: what is wrong, and the remedy."""
-
-
 @contextlib.contextmanager
 def explained(problem, remedy):
-    """Turn an OSError inside the block into a UserError with this text around its reason."""
+    """Turn an OSError inside the block into a UserError: the problem, its reason, the remedy."""
     try:
         yield
     except OSError as error:
@@ -57,10 +57,11 @@ def explained(problem, remedy):
 
 
 def run(main):
-    """Call ``main()``, say how long it took, and exit with status 1 and one line on a UserError.
+    """Run a script: call ``main()`` and print how long it took.
 
-    A signal that ends the program does so through an exception (status 128 + signal, as in a
-    shell), so that whatever is half done is cleaned up.
+    A UserError or OSError becomes one line and exit status 1; ``FAIRSEQ_SHA_TRACEBACK=1`` shows
+    the traceback instead. A signal that ends the program raises an exception, so that unfinished
+    files are removed; the exit status is then 128 + signal, as in a shell.
     """
     for number in SIGNALS:
         # An ignored signal stays ignored: nohup relies on that.
@@ -71,13 +72,15 @@ def run(main):
         main()
         print(f"took {time.perf_counter() - started:.1f} s")
     except (UserError, OSError) as error:
+        if wants_traceback():
+            raise
         sys.exit(f"error: {error}")
 
 
 def _stop(number, _frame):
-    for each in SIGNALS:  # a second one must not disturb the clean-up
+    for each in SIGNALS:  # a second one must not interrupt the clean-up
         signal.signal(each, signal.SIG_IGN)
-    # Not print, which fails if the signal came while something was being printed.
+    # print would fail if the signal arrived while something was being printed.
     os.write(2, f"error: stopped by {signal.Signals(number).name}\n".encode())
     sys.exit(128 + number)
 
@@ -87,25 +90,47 @@ def argument_parser(description):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dest", required=True, help="data-bin folder to make; must not exist yet")
+    parser.add_argument(
+        "--dest", required=True, help="data-bin folder to make; an existing one must be empty"
+    )
     parser.add_argument(
         "--all-bytes",
         action="store_true",
-        help="give all 256 bytes a place in the dictionary, not only those that occur in train",
+        help="put all 256 bytes into the dictionary, not only those that occur in train",
     )
     return parser
 
 
 def checked_dest(dest):
-    """``dest`` as an absolute path; UserError if there is anything there but an empty folder."""
+    """``dest`` as an absolute path.
+
+    UserError: there is something other than an empty folder, or nothing can be written there.
+    """
     with explained(f"cannot write {dest}", "choose another --dest"):
         dest = Path(dest).resolve()
-        if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        if dest.is_dir():
+            check_empty(dest)
+        elif dest.exists():
             raise UserError(f"{dest} already exists; remove it or choose another --dest")
-        above = next(folder for folder in dest.parents if folder.exists())
-        if not above.is_dir():
-            raise UserError(f"cannot write {dest}: {above} is a file; choose another --dest")
+        existing = next(folder for folder in (dest, *dest.parents) if folder.exists())
+        if not existing.is_dir():
+            raise UserError(f"cannot write {dest}: {existing} is a file; choose another --dest")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(
+                f"cannot write {dest}: {existing} is not writable; choose another --dest"
+            )
     return dest
+
+
+def check_empty(folder):
+    """UserError if a folder has any content but that of a new file system and our own leftovers."""
+    names = [path.name for path in folder.iterdir() if not path.name.endswith(UNFINISHED)]
+    names = sorted(set(names) - {"lost+found"})
+    if names:
+        raise UserError(
+            f"{folder} already exists and is not empty (it holds {names[0]}); empty it or choose "
+            "another --dest"
+        )
 
 
 def open_input(path):
@@ -123,18 +148,19 @@ def convert(stream, name, dest, valid, test, all_bytes=False):
     """Write the data-bin folder ``dest`` and print a summary.
 
     stream: seekable binary file with train, valid and test in this order; ``name`` is for messages
-    dest: from ``checked_dest``; it appears when it is complete, or not at all
+    dest: from ``checked_dest``; it appears (or is filled) when everything is converted, or stays
+        as it is
     valid, test: bytes of these splits; train is what comes before them
-    all_bytes: also put bytes in the dictionary that do not occur in train
+    all_bytes: also put bytes that do not occur in train into the dictionary
 
     UserError: a split is smaller than 2 bytes, valid or test has a byte that is not in the
     dictionary, or reading or writing fails.
     """
     splits = cut(stream, name, valid, test)
-    counts = [split.counts() for split in splits]
-    symbols = padded(sorted_symbols(counts[0], all_bytes))
-    table = token_table(symbols)
-    with new_folder(dest) as folder:
+    with new_folder(dest) as folder:  # first, so that a dest that cannot be written costs no work
+        counts = [split.counts() for split in splits]
+        symbols = padded(sorted_symbols(counts[0], all_bytes))
+        table = token_of_byte(symbols)
         write_dictionary(symbols, folder / "dict.txt")
         for split, count in zip(splits, counts):
             write_split(split, split.lines(count), table, folder)
@@ -146,7 +172,7 @@ def convert(stream, name, dest, valid, test, all_bytes=False):
 
 
 class Split(NamedTuple):
-    """A stretch of the input: ``size`` bytes of ``stream`` from byte ``start`` on."""
+    """A part of the input: ``size`` bytes of ``stream`` from byte ``start`` on."""
 
     name: str  # train, valid or test
     stream: BinaryIO
@@ -157,13 +183,13 @@ class Split(NamedTuple):
     def chunks(self):
         """Yield the bytes as arrays, uint8 [up to CHUNK]."""
         self.stream.seek(self.start)
-        left = self.size
-        while left:
+        remaining = self.size
+        while remaining:
             with explained(f"cannot read {self.file}", "run again"):
-                data = self.stream.read(min(left, CHUNK))
+                data = self.stream.read(min(remaining, CHUNK))
             if not data:
                 raise changed(self.file)
-            left -= len(data)
+            remaining -= len(data)
             yield np.frombuffer(data, dtype=np.uint8)
 
     def counts(self):
@@ -171,12 +197,15 @@ class Split(NamedTuple):
         return sum(np.bincount(chunk, minlength=256) for chunk in self.chunks())
 
     def lines(self, counts):
-        """The number of lines, a last one without a newline included."""
-        self.stream.seek(self.start + self.size - 1)
-        return int(counts[NEWLINE]) + (self.stream.read(1) != b"\n")
+        """The number of lines, including a last one without a newline."""
+        with explained(f"cannot read {self.file}", "run again"):
+            self.stream.seek(self.start + self.size - 1)
+            last = self.stream.read(1)
+        return int(counts[NEWLINE]) + (last != b"\n")
 
 
 def changed(file):
+    """The error for an input that changed while it was read."""
     return UserError(f"{file} changed while it was read; run again when nothing writes to it")
 
 
@@ -199,9 +228,9 @@ def cut(stream, file, valid, test):
 
 
 def sorted_symbols(counts, all_bytes):
-    """(symbol, count) of each byte but the newline, in the order of fairseq's Dictionary.finalize.
+    """(symbol, count) of each byte except newline, in the order of fairseq's Dictionary.finalize.
 
-    counts: int [256]; the symbols are decimal byte values; bytes that do not occur are left out
+    counts: int [256]; the symbols are decimal byte values; bytes that do not occur are omitted
     unless ``all_bytes``
     """
     symbols = [
@@ -209,18 +238,19 @@ def sorted_symbols(counts, all_bytes):
         for byte in range(256)
         if byte != NEWLINE and (all_bytes or counts[byte])
     ]
-    # Most frequent first; equal counts in the order of the strings, where "100" is before "99".
+    # Most frequent first; ties in the order of the strings, where "100" comes before "99".
     return sorted(symbols, key=lambda symbol: (-symbol[1], symbol[0]))
 
 
 def padded(symbols):
-    """``symbols`` and as many unused ones as make the dictionary's size a multiple of 8."""
+    """``symbols``, padded with unused ones to a dictionary whose size is a multiple of 8."""
     missing = -(SPECIALS + len(symbols)) % MULTIPLE
     return symbols + [(f"madeupword{i:04d}", 0) for i in range(missing)]
 
 
-def token_table(symbols):
-    """The token of each byte, uint16 [256]; <unk> for a byte that is not in the dictionary."""
+def token_of_byte(symbols):
+    """The byte codec as a table: the token of each byte, uint16 [256]; <unk> for a byte that is not
+    in the dictionary."""
     table = np.full(256, UNK, dtype=np.uint16)
     table[NEWLINE] = EOS
     for token, (symbol, _) in enumerate(symbols, start=SPECIALS):
@@ -230,7 +260,7 @@ def token_table(symbols):
 
 
 def write_dictionary(symbols, path):
-    """Write (symbol, count) pairs as fairseq's Dictionary.save does; it leaves the specials out."""
+    """Write (symbol, count) pairs as fairseq's Dictionary.save does, without special symbols."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{symbol} {count}\n" for symbol, count in symbols)
 
@@ -238,13 +268,14 @@ def write_dictionary(symbols, path):
 def write_split(split, lines, table, folder):
     """Write the split's .bin and .idx into ``folder``.
 
-    The number of lines has to be known, so that no more than one chunk is ever in memory.
-    UserError: a byte that is not in ``table``, which must never become <unk>, as that would make
-    every score wrong.
+    lines: number of lines of the split; the index begins with it, so that knowing it in advance
+        lets the split be converted chunk by chunk, in constant memory
+    table: see ``token_of_byte``
+    UserError: a byte has no token; to map it to <unk> would make every score wrong
     """
     tokens_path, index_path = folder / f"{split.name}.bin", folder / f"{split.name}.idx"
     with open(tokens_path, "wb") as file, index_writer(index_path, lines) as add_items:
-        position = begin = 0  # bytes so far; where the line begins that is being read
+        position = begin = 0  # of the chunk; of the current line
         for chunk in split.chunks():
             tokens = table[chunk]
             unknown = tokens == UNK
@@ -261,7 +292,7 @@ def write_split(split, lines, table, folder):
 
 
 def unseen(split, chunk, index, position):
-    """The error about byte ``index`` of the chunk that begins at ``position`` of the split."""
+    """The error for byte ``index`` of the chunk that begins at ``position`` of the split."""
     offset = position + index
     return UserError(
         f"byte {chunk[index]} at offset {offset} of the {split.name} split (offset "
@@ -275,7 +306,8 @@ def index_writer(path, items):
     """Write the index of ``items`` items: header, all their sizes (int32), all offsets (int64).
 
     Yields a function that adds the items between successive ``edges`` (in tokens, int64 [n + 1]).
-    Sizes and offsets grow side by side, each through its own handle on the file.
+    Sizes and offsets are two arrays, one after the other in the file; each is written through its
+    own handle.
     """
     header = INDEX_MAGIC + struct.pack("<QBQ", INDEX_VERSION, UINT16_CODE, items)
     offsets_begin = len(header) + items * np.dtype(np.int32).itemsize
@@ -297,18 +329,42 @@ def index_writer(path, items):
 
 @contextlib.contextmanager
 def new_folder(dest):
-    """Yield an empty folder that becomes ``dest`` at the end, or vanishes if anything fails.
+    """Yield an empty folder whose files become those of ``dest``, or vanish if anything fails.
+
+    A new ``dest`` appears at once, by a rename. An existing folder is filled, since it may be a
+    mount point, which cannot be replaced. There dict.txt, without which fairseq does not read the
+    folder, comes last.
 
     UserError: an OSError, here or inside the block.
     """
-    # Beside dest, since a rename cannot leave the file system. Named before it is made, so that
-    # there is no moment at which it exists and would not be removed.
-    folder = dest.with_name(f".{dest.name}.{secrets.token_hex(4)}.partial")
+    exists = dest.is_dir()
+    # A rename cannot leave the file system: so inside dest if that exists, and beside it if not.
+    parent = dest if exists else dest.parent
+    # Named before it is made, so that there is no moment at which it would not be removed.
+    folder = parent / f".{dest.name}.{secrets.token_hex(4)}{UNFINISHED}"
     try:
         with explained(f"cannot write {dest}", "free some space or choose another --dest"):
-            dest.parent.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
             yield folder
-            os.rename(folder, dest)
+            if exists:
+                move_files(folder, dest)
+            else:
+                os.rename(folder, dest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_files(folder, dest):
+    """Move all files of a folder into another one on the same file system, dict.txt last; none if
+    that fails, or if ``dest`` is no longer empty (UserError)."""
+    check_empty(dest)
+    names = sorted(os.listdir(folder), key=lambda name: (name == "dict.txt", name))
+    try:
+        for name in names:
+            os.rename(folder / name, dest / name)
+    except BaseException:
+        for name in names:
+            if not (folder / name).exists():
+                (dest / name).unlink()
+        raise

@@ -1,4 +1,4 @@
-"""Corpora whose exact bytes are known: unpack them, check them, convert them."""
+"""Corpora whose exact bytes are known: unpack, verify and convert them."""
 
 import hashlib
 import io
@@ -6,12 +6,12 @@ import zipfile
 import zlib
 from typing import NamedTuple
 
-import data_bin
-from data_bin import UserError
+from fairseq_sha.data import data_bin
+from fairseq_sha.errors import UserError
 
 
-class Corpus(NamedTuple):
-    """A known corpus, unpacked."""
+class KnownCorpus(NamedTuple):
+    """What a corpus must look like once it is unpacked."""
 
     name: str
     size: int  # bytes
@@ -24,8 +24,8 @@ def unpack(packed, path, corpus, remedy):
     """The bytes of a compressed stream as a stream in memory; known corpora are small enough.
 
     packed: binary stream that decompresses
-    path, remedy: for messages: what the file is called and what to do if it is damaged or wrong
-    Stops one byte after the corpus's size, as a wrong file may be of any size.
+    path, remedy: for messages: the name of the file, and what to do if it is damaged or wrong
+    Stops one byte after the corpus's size, since a wrong file may have any size.
     UserError: the compressed data is damaged or ends early.
     """
     unpacked = io.BytesIO()
@@ -35,14 +35,15 @@ def unpack(packed, path, corpus, remedy):
             if not data:
                 break
             unpacked.write(data)
-    # No real corpus is encrypted, or packed by a method that Python lacks: both are damage, for
-    # which zipfile raises RuntimeError and NotImplementedError, a kind of it.
+    # zipfile raises RuntimeError for an encrypted member, and NotImplementedError, a subclass, for
+    # a compression method that Python lacks. No real corpus has either, so both are damage.
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
         raise damaged(path, error, remedy) from error
     return unpacked
 
 
 def damaged(path, reason, remedy):
+    """The error for a file that cannot be unpacked."""
     return UserError(f"{path} is damaged ({reason}); {remedy}")
 
 

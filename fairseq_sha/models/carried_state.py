@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import distributed
 
-from fairseq_sha.data import SegmentId
+from fairseq_sha.data.segments import SegmentId
 
 
 class _Kept(NamedTuple):

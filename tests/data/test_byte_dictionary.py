@@ -1,7 +1,7 @@
 import pytest
 
 from fairseq_sha import UserError
-from fairseq_sha.data import ByteDictionary
+from fairseq_sha.data.byte_dictionary import ByteDictionary
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fairseq_sha import UserError
-from fairseq_sha.data import ByteDictionary, Corpus
+from fairseq_sha.data.byte_dictionary import ByteDictionary
+from fairseq_sha.data.corpus import Corpus
 from tests.tiny_corpus import write_split
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_sha.data import SegmentDataset, SegmentId, segment_lengths, stream_bounds
+from fairseq_sha.data.segments import SegmentDataset, SegmentId, segment_lengths, stream_bounds
 
 PAD = 1
 
@@ -136,7 +136,7 @@ def test_identity_survives_its_string():
 
 def test_dataset_is_small_when_pickled():
     """Data workers get a pickled copy: it must not carry the corpus."""
-    from fairseq_sha.data import Corpus
+    from fairseq_sha.data.corpus import Corpus
     from tests.tiny_corpus import write_split
 
     corpus = Corpus(write_split(bytes(range(32, 127)) * 1000))

@@ -1,4 +1,4 @@
-"""Run the scripts as a user does, and look at what they leave behind."""
+"""Run the scripts as a user does, and check what they leave behind."""
 
 import os
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-PREPROCESS = Path(__file__).resolve().parents[2] / "preprocess"
-sys.path.insert(0, str(PREPROCESS))  # as Python does for a script in that folder
+from fairseq_sha.errors import UserError
 
-import data_bin  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[2]
+PREPROCESS = REPOSITORY / "preprocess"
+sys.path.insert(0, str(PREPROCESS))  # as Python does for a script in that folder
 
 
 class Runner:
@@ -24,12 +25,14 @@ class Runner:
         return self.python(str(PREPROCESS / f"{name}.py"), *args, **options)
 
     def code(self, code, *args, **options):
-        """Run Python code that can import what is in preprocess/."""
-        options["env"] = {**os.environ, "PYTHONPATH": str(PREPROCESS), **options.get("env", {})}
+        """Run Python code that can import the scripts in preprocess/."""
+        code = f"import sys; sys.path.insert(0, {str(PREPROCESS)!r})\n" + code
         return self.python("-c", code, *args, **options)
 
     def python(self, *args, **options):
         command = [sys.executable, *map(str, args)]
+        options["env"] = {**os.environ, **options.get("env", {})}
+        options["env"]["PYTHONPATH"] = str(REPOSITORY)  # as if this copy were installed
         return subprocess.run(
             command, cwd=str(self.folder), capture_output=True, text=True, timeout=60, **options
         )
@@ -39,16 +42,16 @@ class Runner:
         return name
 
     def check_error(self, done, *words, files=("input",)):
-        """Status 1, one line on stderr with these words, and nothing else than ``files`` left."""
+        """Status 1, one line on stderr with these words, and nothing but ``files`` left."""
         assert done.returncode == 1, done.stderr
         assert done.stderr.startswith("error: ")
         assert done.stderr.endswith("\n")
         self._check_line(done.stderr[:-1], words, files)
 
     def check_user_error(self, main, argv, *words, files=("input",)):
-        """The same in this process, which is quicker. That ``data_bin.run`` makes status 1 and
-        a line on stderr of a UserError is what ``check_error`` is for."""
-        with pytest.raises(data_bin.UserError) as caught:
+        """The same in this process, which is quicker. ``check_error`` also checks that
+        ``data_bin.run`` turns a UserError into status 1 and a line on stderr."""
+        with pytest.raises(UserError) as caught:
             main([str(arg) for arg in argv])
         self._check_line(str(caught.value), words, files)
 

@@ -12,7 +12,9 @@ import time
 import bytes as bytes_script
 import pytest
 
-from .helpers import PREPROCESS, read_back, split_lines
+from fairseq_sha.data import data_bin
+
+from .helpers import PREPROCESS, REPOSITORY, read_back, split_lines
 
 TEXT = b"".join(b"line %d\n" % i for i in range(100))
 
@@ -100,9 +102,106 @@ def test_folder_has_ordinary_permissions(runner):
     assert stat.S_IMODE(folder.stat().st_mode) == mode
 
 
-def test_empty_folder_as_dest_is_used(runner):
+# A dest that exists: an empty folder. It may be a mount point, such as a Docker volume.
+
+
+def test_existing_folder_is_filled_and_not_replaced(runner):
+    """Another folder in its place would lack its owner and permissions. A new file system has a
+    folder lost+found, and a killed run leaves one of its own."""
+    (runner.folder / "out").mkdir(mode=0o750)
+    (runner.folder / "out" / "lost+found").mkdir()
+    (runner.folder / "out" / ".out.0123.partial").mkdir()
+    before = (runner.folder / "out").stat()
+    splits = read_back(convert(runner, TEXT, 100, 100))
+    assert b"".join(sum(splits, [])) == TEXT
+    after = (runner.folder / "out").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    names = ["dict.txt"] + [f"{s}.{e}" for s in ("train", "valid", "test") for e in ("bin", "idx")]
+    names += ["lost+found", ".out.0123.partial"]
+    assert sorted(os.listdir(str(runner.folder / "out"))) == sorted(names)
+
+
+def test_existing_folder_is_left_empty_by_a_failure(runner):
     (runner.folder / "out").mkdir()
-    assert len(read_back(convert(runner, TEXT, 100, 100))) == 3
+    data = b"ab" * 50 + b"abab" + b"abZb"
+    sizes = ("--valid-bytes", 4, "--test-bytes", 4)
+    options = ["--input", runner.write(data), "--dest", "out", *sizes]
+    runner.check_user_error(bytes_script.main, options, "byte 90", files=["input", "out"])
+    assert os.listdir(str(runner.folder / "out")) == []
+
+
+@pytest.mark.parametrize("failing", range(7))
+def test_failure_while_an_existing_folder_is_filled(runner, monkeypatch, failing):
+    """At each of the seven files; the dictionary, which fairseq reads first, is the last."""
+    (runner.folder / "out").mkdir()
+    rename, seen = os.rename, []
+
+    def fail(source, target):
+        assert "dict.txt" not in os.listdir(str(runner.folder / "out"))
+        seen.append(target.name)
+        if len(seen) > failing:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    options = ["--input", runner.write(TEXT), "--dest", "out"]
+    words = ("cannot write", "Input/output error")
+    runner.check_user_error(bytes_script.main, options, *words, files=["input", "out"])
+    assert (seen[-1] == "dict.txt") == (failing == 6)
+    assert os.listdir(str(runner.folder / "out")) == []
+
+
+def test_folder_that_is_filled_meanwhile_is_left_alone(runner, monkeypatch):
+    (runner.folder / "out").mkdir()
+    write_dictionary = data_bin.write_dictionary
+
+    def meanwhile(*args):
+        runner.write(b"precious", "out/dict.txt")
+        write_dictionary(*args)
+
+    monkeypatch.setattr(data_bin, "write_dictionary", meanwhile)
+    options = ["--input", runner.write(TEXT), "--dest", "out"]
+    words = ("already exists", "holds dict.txt")
+    runner.check_user_error(bytes_script.main, options, *words, files=["input", "out"])
+    assert os.listdir(str(runner.folder / "out")) == ["dict.txt"]
+    assert (runner.folder / "out" / "dict.txt").read_bytes() == b"precious"
+
+
+@pytest.fixture
+def mount(runner):
+    """A function that mounts something on ``out``."""
+    folder = runner.folder / "out"
+    folder.mkdir()
+
+    def mount(*options):
+        done = subprocess.run(["mount", *map(str, options), str(folder)], stderr=subprocess.PIPE)
+        if done.returncode:
+            pytest.skip(f"mount points need the right to mount: {done.stderr.decode().strip()}")
+
+    yield mount
+    subprocess.run(["umount", str(folder)], stderr=subprocess.DEVNULL)
+
+
+def bind_options(runner):
+    (runner.folder / "volume").mkdir()
+    return ("--bind", runner.folder / "volume")
+
+
+@pytest.mark.parametrize("kind", ["file system", "bind"])
+def test_mount_point(runner, mount, kind):
+    mount(*(bind_options(runner) if kind == "bind" else ("-t", "tmpfs", "none")))
+    done = runner.script("bytes", "--input", runner.write(TEXT), "--dest", "out")
+    assert done.returncode == 0, done.stderr
+    assert b"".join(sum(read_back(runner.folder / "out"), [])) == TEXT
+    assert len(os.listdir(str(runner.folder / "out"))) == 7
+
+
+def test_mount_point_that_cannot_be_written_costs_no_work(runner, mount, monkeypatch):
+    mount("-t", "tmpfs", "-o", "ro", "none")
+    monkeypatch.setattr(data_bin, "convert", None)
+    options = ["--input", runner.write(TEXT), "--dest", "out"]
+    words = ("cannot write", "out is not writable", "another --dest")
+    runner.check_user_error(bytes_script.main, options, *words, files=["input", "out"])
 
 
 def test_memory_does_not_grow_with_the_input(runner):
@@ -178,8 +277,11 @@ def test_mistakes(runner, options, words):
 
 
 def test_mistake_as_the_user_sees_it(runner):
-    done = runner.script("bytes", "--input", "nowhere", "--dest", "out")
+    options = ("bytes", "--input", "nowhere", "--dest", "out")
+    done = runner.script(*options)
     runner.check_error(done, "cannot read nowhere", "No such file", "check the path", files=[])
+    done = runner.script(*options, env={"FAIRSEQ_SHA_TRACEBACK": "1"})
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
 
 
 @pytest.mark.parametrize("data", [b"", b"abcde"])
@@ -199,7 +301,7 @@ def test_full_dest_is_left_alone(runner):
     (runner.folder / "out").mkdir()
     runner.write(b"precious", "out/mine")
     done = runner.script("bytes", "--input", "input", "--dest", "out")
-    runner.check_error(done, "out", "already exists", "remove it", files=["input", "out"])
+    runner.check_error(done, "out", "already exists", "holds mine", files=["input", "out"])
     assert (runner.folder / "out" / "mine").read_bytes() == b"precious"
 
 
@@ -217,7 +319,8 @@ def test_no_permission(runner):
     """Root may read and write everything, hence without the file system's help."""
     runner.write(TEXT)
     code = (
-        "import builtins, sys, bytes, data_bin\n"
+        "import builtins, sys, bytes\n"
+        "from fairseq_sha.data import data_bin\n"
         "mode, real = sys.argv.pop(), open\n"
         "def refuse(path, how='r', *args, **options):\n"
         "    if how == mode: raise PermissionError(13, 'Permission denied', str(path))\n"
@@ -243,14 +346,14 @@ def test_no_permission_in_the_file_system(runner):
     (runner.folder / "locked").mkdir()
     (runner.folder / "locked").chmod(0o500)
     done = runner.script("bytes", "--input", "input", "--dest", "locked/out")
-    runner.check_error(done, "cannot write", "Permission denied", files=["input", "locked"])
+    runner.check_error(done, "cannot write", "locked is not writable", files=["input", "locked"])
 
 
 @pytest.mark.parametrize("change", ["b.truncate(300)", "b.write(b'\\n' * 300)"])
 def test_input_changes_meanwhile(runner, change):
     runner.write(TEXT)
     code = (
-        "import bytes, data_bin\n"
+        "import bytes\nfrom fairseq_sha.data import data_bin\n"
         "real = data_bin.write_dictionary\n"
         "def write_dictionary(*args):\n"
         f"    with open('input', 'r+b') as b: {change}\n"
@@ -301,6 +404,7 @@ def test_signal_leaves_nothing(runner, number):
     process = subprocess.Popen(
         [sys.executable, str(PREPROCESS / "bytes.py"), "--input", "input", "--dest", "out"],
         cwd=str(runner.folder),
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # A shell that runs the tests in the background has them ignore SIGINT.
@@ -321,7 +425,8 @@ def test_signal_leaves_nothing(runner, number):
 
 def test_ignored_signal_stays_ignored(runner):
     code = (
-        "import os, signal, bytes, data_bin\n"
+        "import os, signal, bytes\n"
+        "from fairseq_sha.data import data_bin\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
         "def main():\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"

@@ -1,18 +1,21 @@
 """The files are byte for byte those that fairseq would write."""
 
+import os
 import random
 import subprocess
 import sys
 from collections import Counter
 
-import data_bin
 import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary, MMapIndexedDataset, data_utils
 from fairseq.data.indexed_dataset import make_builder
 
-from .helpers import split_lines
+from fairseq_sha.data import data_bin
+from fairseq_sha.errors import UserError
+
+from .helpers import PREPROCESS, REPOSITORY, split_lines
 
 
 def convert(tmp_path, data, valid, test, all_bytes=False):
@@ -113,15 +116,16 @@ def test_same_as_fairseq_preprocess(tmp_path):
 def test_importing_needs_neither_fairseq_nor_torch():
     code = (
         "import sys, bytes, enwik8, enwiki6\n"
-        "print(sorted({'fairseq', 'torch', 'gensim', 'tqdm'} & set(sys.modules)))"
+        "print(sorted({'fairseq', 'torch', 'gensim', 'tqdm', 'yaml'} & set(sys.modules)))"
     )
-    folder = str(data_bin.__file__).rsplit("/", 1)[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE)
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=str(PREPROCESS), env=env, stdout=subprocess.PIPE)
     assert done.stdout == b"[]\n"
 
 
 def test_item_too_long_for_the_index(tmp_path):
-    with pytest.raises(data_bin.UserError, match="longer than"):
+    with pytest.raises(UserError, match="longer than"):
         with data_bin.index_writer(tmp_path / "x.idx", 1) as add_items:
             add_items(np.array([0, 2**31]))
 

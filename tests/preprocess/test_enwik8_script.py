@@ -12,24 +12,25 @@ import threading
 import time
 import zipfile
 
-import corpus
 import enwik8
 import pytest
 
-from .helpers import PREPROCESS, read_back, split_lines
+from fairseq_sha.data import known_corpora
+
+from .helpers import PREPROCESS, REPOSITORY, read_back, split_lines
 
 CORPUS = bytes(range(256)) + bytes(random.Random(0).choices(range(256), k=800_000))
 VALID, TEST = 4000, 5000
 PARTS = CORPUS[: -VALID - TEST], CORPUS[-VALID - TEST : -TEST], CORPUS[-TEST:]
 FAKE = ("enwik8", len(CORPUS), hashlib.sha1(CORPUS).hexdigest(), VALID, TEST)
 CODE = (
-    "import corpus, data_bin, enwik8\n"
-    f"data_bin.run(lambda: enwik8.main(known=corpus.Corpus(*{FAKE})))\n"
+    "import enwik8\nfrom fairseq_sha.data import data_bin, known_corpora\n"
+    f"data_bin.run(lambda: enwik8.main(known=known_corpora.KnownCorpus(*{FAKE})))\n"
 )
 
 
 def main(argv):
-    enwik8.main(argv, known=corpus.Corpus(*FAKE))
+    enwik8.main(argv, known=known_corpora.KnownCorpus(*FAKE))
 
 
 def zipped(*members):
@@ -211,7 +212,7 @@ def test_signal_during_download(runner, server):
     half = len(ZIP) // 2
     process = subprocess.Popen(
         [sys.executable, str(PREPROCESS / "enwik8.py"), "--dest", "out", "--url", server.url],
-        env={**os.environ, "no_proxy": "*"},
+        env={**os.environ, "no_proxy": "*", "PYTHONPATH": str(REPOSITORY)},
         stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 30
@@ -289,6 +290,21 @@ def test_download_goes_beside_dest(runner, server):
     done = download(runner, server.url, "--dest", "a/b/enwik8")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(str(runner.folder / "a" / "b"))) == ["enwik8", "enwik8.zip"]
+
+
+def test_download_cannot_be_written_halfway(runner, server):
+    """What is wrong is the disk, not the network."""
+    code = (
+        "import enwik8, errno, io\n"
+        "class Full(io.BytesIO):\n"
+        "    def write(self, data): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "enwik8.open_part = lambda part, mode: Full()\n"
+    )
+    done = runner.code(code + CODE, "--dest", "out", "--url", server.url, env={"no_proxy": "*"})
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: cannot write") and "No space left" in error
+    assert "free some space" in error and "cannot download" not in error
 
 
 def test_download_cannot_be_written(runner, server):

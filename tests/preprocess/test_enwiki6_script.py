@@ -5,10 +5,11 @@ import hashlib
 import os
 from pathlib import Path
 
-import corpus
 import enwiki6
 import pytest
-from data_bin import UserError
+
+from fairseq_sha.data import known_corpora
+from fairseq_sha.errors import UserError
 
 from .helpers import read_back
 
@@ -26,13 +27,13 @@ needs_gensim = pytest.mark.skipif(PATH is None, reason=REASON)
 CORPUS = b"<page>\n" * 1000
 FAKE = ("enwiki6", len(CORPUS), hashlib.sha1(CORPUS).hexdigest(), 350, 350)
 CODE = (
-    "import corpus, data_bin, enwiki6\n"
-    f"data_bin.run(lambda: enwiki6.main(known=corpus.Corpus(*{FAKE})))\n"
+    "import enwiki6\nfrom fairseq_sha.data import data_bin, known_corpora\n"
+    f"data_bin.run(lambda: enwiki6.main(known=known_corpora.KnownCorpus(*{FAKE})))\n"
 )
 
 
 def main(argv):
-    enwiki6.main(argv, known=corpus.Corpus(*FAKE))
+    enwiki6.main(argv, known=known_corpora.KnownCorpus(*FAKE))
 
 
 @needs_gensim
@@ -75,7 +76,8 @@ def test_wrong_input(runner, data, words):
 
 def test_without_gensim(runner):
     code = (
-        "import importlib.util, data_bin, enwiki6\n"
+        "import importlib.util, enwiki6\n"
+        "from fairseq_sha.data import data_bin\n"
         "importlib.util.find_spec = lambda name: None\n"
         "data_bin.run(enwiki6.main)\n"
     )
