@@ -179,7 +179,8 @@ def mount(runner):
             pytest.skip(f"mount points need the right to mount: {done.stderr.decode().strip()}")
 
     yield mount
-    subprocess.run(["umount", str(folder)], stderr=subprocess.DEVNULL)
+    # Lazily, since fairseq keeps the files that it read mapped into memory.
+    subprocess.run(["umount", "--lazy", str(folder)], stderr=subprocess.DEVNULL)
 
 
 def bind_options(runner):

@@ -1,4 +1,4 @@
-"""The models of a comparison: their configs, what a budget makes of them, the commands to run."""
+"""The models of a comparison: their configs, their length under a budget, the commands to run."""
 
 import math
 import re
@@ -10,17 +10,20 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-ROOT = Path(__file__).resolve().parent.parent.parent  # commands run here, as --user-dir expects
+import fairseq_sha
+from fairseq_sha.errors import UserError
+
+PACKAGE = Path(fairseq_sha.__file__).resolve().parent
 TOOLS = Path(sys.executable).parent
 EVALUATION = {"tokens_per_sample", "batch_size", "context_window", "model_overrides"}
 
-# Fields of fairseq's schedulers that are counted in updates; the misspelt one is fairseq's.
+# Fields of fairseq's schedulers that count updates; the misspelling is fairseq's.
 SCHEDULE = {"warmup_updates", "warmup_steps", "hold_steps", "decay_steps", "total_num_update"}
 SCHEDULE |= {"lr_period_updates", "lr_deacy_period"}
 
-CALIBRATION_INTERVAL = 5  # updates between two lines of log
+CALIBRATION_INTERVAL = 5  # updates between two log lines
 
-# What is the same for all: only updates end a run, validate it and save it.
+# The same for all models: only the number of updates decides when a run validates, saves and ends.
 NEVER = 10**9  # epochs
 COMMON = {
     "hydra": {"run": {"dir": "."}, "output_subdir": None},
@@ -36,12 +39,13 @@ COMMON = {
 }
 
 
-class UserError(ValueError):
-    """Something the user can put right. Its text is one line: what is wrong, and the remedy."""
-
-
 class Recipe(NamedTuple):
-    """One model: the config's name, what fairseq-hydra-train gets, settings of evaluation only."""
+    """One model.
+
+    name: the config's file name without its ending
+    config: what fairseq-hydra-train gets
+    evaluation: settings that differ in evaluation
+    """
 
     name: str
     config: dict
@@ -51,11 +55,11 @@ class Recipe(NamedTuple):
 def load(path, data, changes):
     """Read a config.
 
-    path (Path): complete YAML for fairseq-hydra-train; settings of evaluation only are in a file
-        of the same name in the folder ``evaluation`` beside it, if they differ from training's
-    data: data folder, in place of the config's
-    changes (list of str): ``section.field=value``, applied on top
-    UserError: no such file, not YAML, a malformed change, or something needed is missing
+    path (Path): complete YAML for fairseq-hydra-train; settings that differ in evaluation are in a
+        file of the same name in the folder ``evaluation`` beside it
+    data: data folder, which replaces the config's
+    changes (list of str): ``section.field=value``, which take precedence over the files
+    UserError: no such file, not YAML, a malformed change, or a missing or unknown field
     """
     if not path.is_file():
         raise UserError(f"{path}: no such config; give the path of a YAML file")
@@ -72,7 +76,7 @@ def load(path, data, changes):
         )
         config = OmegaConf.to_container(config, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path}: not a config: {' '.join(str(error).split())}; mend it")
+        raise UserError(f"{path}: not a config: {' '.join(str(error).split())}; correct it")
     evaluation = config.pop("evaluation")
     unknown = set(evaluation) - EVALUATION
     if unknown:
@@ -85,21 +89,39 @@ def load(path, data, changes):
     context = evaluation.get("context_window", 0)
     if not length > context:
         raise UserError(
-            f"{path}: in evaluation, context_window {context} leaves nothing of tokens_per_sample "
-            f"{length}, which contains it; raise that"
+            f"{path}: in evaluation, tokens_per_sample {length} includes the context and must be "
+            f"larger than context_window {context}; raise tokens_per_sample"
         )
     return Recipe(path.stem, config, evaluation)
 
 
 def lookup(config, field, default=None):
-    """The value of ``section.field``; the default where it is absent or null."""
+    """The value of ``section.field``, or the default if it is absent or null."""
     for key in field.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return default if config is None else config
 
 
+def user_dir(config):
+    """``common.user_dir`` as commands get it, or None.
+
+    Configs call this package ``fairseq_sha``, which is a path in a clone only. The installed
+    package may be elsewhere, so the name is replaced by the package's folder.
+    """
+    path = lookup(config, "common.user_dir")
+    if path and (Path(path) == Path(PACKAGE.name) or Path(path).resolve() == PACKAGE):
+        return str(PACKAGE)
+    return path
+
+
+def runnable(config):
+    """The config as fairseq-hydra-train gets it: with the real ``user_dir``."""
+    path = user_dir(config)
+    return {**config, "common": {**config["common"], "user_dir": path}} if path else config
+
+
 def tokens_per_update(recipe):
-    """Mean number of tokens (bytes, for a model of bytes) that one update trains on, one device.
+    """Mean number of tokens (bytes, for a byte-level model) that one update trains on, one device.
 
     UserError: the config has no dataset.batch_size
     """
@@ -108,16 +130,16 @@ def tokens_per_update(recipe):
     if streams is None:
         raise UserError(f"{recipe.name}: a budget in bytes needs dataset.batch_size; add it")
     if lookup(recipe.config, "task.random_segment_lengths"):
-        # Normal, standard deviation 5, around the length (95%) or half of it; above the length cut
-        # off to it, which half of the former are, and rounded down.
+        # Normally distributed with standard deviation 5 around the length (95%) or half of it, cut
+        # off at the length and rounded down. In the first case half of the lengths are cut off.
         full = length - 5 / math.sqrt(2 * math.pi) - 0.25
         length = 0.95 * full + 0.05 * (length / 2 - 0.5)
     return length * streams * lookup(recipe.config, "optimization.update_freq", [1])[-1]
 
 
 def schedule(recipe, updates):
-    """Those fields of the scheduler that are counted in updates, for a run of so many updates
-    (None: not known yet): in proportion to the config's own max_update, 1 at least."""
+    """The fields of the scheduler that count updates, scaled from the config's own max_update to
+    ``updates`` (None: not known yet), and at least 1."""
     nominal = lookup(recipe.config, "optimization.max_update")
     fields = lookup(recipe.config, "lr_scheduler")
     fields = fields if isinstance(fields, dict) else {}
@@ -135,11 +157,11 @@ def schedule(recipe, updates):
 
 
 def train_command(recipe, folder, run, seed, updates):
-    """Train for so many updates; about 100 lines of log, validation and checkpoint by quarters.
+    """Train for ``updates`` updates, with about 100 log lines and four validations and checkpoints.
 
-    folder: of the model, where recipe.yaml is
+    folder: the model's, which holds recipe.yaml
     run: folder of this run, for checkpoints
-    updates: None where it is not known yet, for a command to look at
+    updates: None if it is not known yet; the command is then only for display
     """
     return hydra_train(
         folder,
@@ -152,23 +174,25 @@ def train_command(recipe, folder, run, seed, updates):
 
 
 def multirun_command(recipe, folder, seeds, updates, launcher):
-    """Train all seeds through one of Hydra's launchers, such as ``submitit_slurm``. Each job runs
-    in the folder of its run, where it writes train.log, so that all paths are absolute."""
+    """Train all seeds with one of Hydra's launchers, such as ``submitit_slurm``.
+
+    Each job runs in the folder of its run, where it writes train.log. So all paths are absolute.
+    """
     seed = "seed${common.seed}"
-    user_dir = lookup(recipe.config, "common.user_dir")
+    plugin = user_dir(recipe.config)
     return hydra_train(
         folder,
         {
             "hydra/launcher": launcher,
-            "hydra.sweep.dir": (ROOT / folder).resolve(),
+            "hydra.sweep.dir": folder.resolve(),
             "hydra.sweep.subdir": seed,
             "hydra.job_logging.handlers.file.filename": "train.log",
             "hydra.job_logging.formatters.simple.format": "%(message)s",
             "common.seed": ",".join(map(str, seeds)),
-            **({"common.user_dir": (ROOT / user_dir).resolve()} if user_dir else {}),
-            "task.data": (ROOT / recipe.config["task"]["data"]).resolve(),
+            **({"common.user_dir": Path(plugin).resolve()} if plugin else {}),
+            "task.data": Path(recipe.config["task"]["data"]).resolve(),
             **run_length(recipe, updates),
-            "checkpoint.save_dir": (ROOT / folder).resolve() / seed / "checkpoints",
+            "checkpoint.save_dir": folder.resolve() / seed / "checkpoints",
         },
         multirun=True,
     )
@@ -192,7 +216,7 @@ def run_length(recipe, updates):
 
 
 def calibration_command(folder, seconds):
-    """Train for so many seconds, without validation or checkpoints, to see how fast it is."""
+    """Train for ``seconds``, without validation or checkpoints, to measure the speed."""
     return hydra_train(
         folder,
         {
@@ -206,8 +230,9 @@ def calibration_command(folder, seconds):
 
 
 def hydra_train(folder, settings, multirun=False):
+    """fairseq-hydra-train on ``folder/recipe.yaml`` with some settings changed."""
     command = [TOOLS / "fairseq-hydra-train", "--config-dir", folder, "--config-name", "recipe"]
-    # Else Hydra writes a log of its own as well.
+    # Without this Hydra also writes a log file of its own.
     command += ["--multirun"] if multirun else ["hydra/job_logging=stdout"]
     for field, value in settings.items():
         value = str(value)
@@ -218,7 +243,10 @@ def hydra_train(folder, settings, multirun=False):
 
 
 def eval_command(recipe, run, split, streams):
-    """Evaluate the last checkpoint of a run on a split, in so many streams."""
+    """Evaluate the last checkpoint of a run on a split.
+
+    streams: batch size, unless the recipe sets its own
+    """
     config, settings = recipe.config, recipe.evaluation
     length = settings.get("tokens_per_sample", config["task"]["tokens_per_sample"])
     command = [TOOLS / "fairseq-eval-lm", config["task"]["data"], "--gen-subset", split]
@@ -229,8 +257,8 @@ def eval_command(recipe, run, split, streams):
         command += ["--context-window", settings["context_window"]]
     if settings.get("model_overrides"):
         command += ["--model-overrides", settings["model_overrides"]]
-    if lookup(config, "common.user_dir"):
-        command += ["--user-dir", config["common"]["user_dir"]]
+    if user_dir(config):
+        command += ["--user-dir", user_dir(config)]
     if lookup(config, "common.cpu"):
         command += ["--cpu"]
     return [str(word) for word in command]

@@ -1,22 +1,5 @@
-"""Compare models under one budget: train, evaluate, report.
+"""Runs a comparison: calibrates, trains, evaluates, reports (see ``commands/compare.py``)."""
 
-    python examples/head_to_head/run.py --data data-bin/enwiki6 \\
-        --configs examples/head_to_head/*.yaml --seconds 720 --seeds 1 2 --out runs/head_to_head
-
-Each config is a complete YAML for fairseq-hydra-train. Its optimization.max_update is the length
-of its own schedule, which is scaled to the budget: all that lr_scheduler counts in updates. A
-file of its name in the folder `evaluation` beside it holds settings of evaluation only
-(tokens_per_sample, batch_size, context_window, model_overrides).
-
-A budget in seconds of training is turned into updates once, by training each model for a short
-while; one in bytes by the mean number of tokens of an update, on one device.
-
-OUT gets table.md, results.json and pictures of learning curves, anew after each run;
-OUT/MODEL/seedN gets logs, a checkpoint and result.json. Repeat the command to go on
-after an interruption.
-"""
-
-import argparse
 import json
 import os
 import platform
@@ -30,12 +13,12 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import logs
-import recipe as recipes
-import summary
 import yaml
-from recipe import ROOT, UserError
-from summary import write, write_json
+
+from fairseq_sha.compare import logs, summary
+from fairseq_sha.compare import recipe as recipes
+from fairseq_sha.errors import UserError
+from fairseq_sha.files import write_atomically
 
 PROGRESS_SECONDS = 15
 LOG_TAIL = 12  # lines
@@ -44,65 +27,21 @@ SPLITS = ("valid", "test")
 
 
 class RunFailed(Exception):
-    """A command failed; the text says which, and how its log ends."""
+    """A command failed; the message says which, and shows the end of its log."""
 
 
-def main():
+def run(args):
+    """Compare as the options of ``fairseq-sha compare`` say; returns the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    args = parse()
     try:
-        sys.exit(compare(args))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        return compare(args)
     except KeyboardInterrupt:
-        print("stopped; repeat the command to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, type=Path, help="data folder")
-    parser.add_argument("--configs", required=True, nargs="+", type=Path, help="one YAML a model")
-    parser.add_argument("--out", required=True, type=Path, help="folder for results")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run each")
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--seconds", type=float, help="budget: seconds of training")
-    budget.add_argument("--updates", type=int, help="budget: updates")
-    budget.add_argument("--bytes", type=int, help="budget: bytes to train on")
-    parser.add_argument(
-        "--calibration-seconds",
-        type=float,
-        default=40,
-        help="how long each model is trained to learn its speed (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--eval-streams",
-        type=int,
-        default=8,
-        help="batch size of evaluation, unless the config has its own (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="change all configs",
-    )
-    parser.add_argument(
-        "--launcher",
-        metavar="NAME",
-        help="train all seeds of a model by one multirun through this launcher of Hydra's, such as "
-        "submitit_slurm; the default trains one after the other, here",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
-    return parser.parse_args()
+        print("stopped; repeat the command to continue", file=sys.stderr)
+        return 130
 
 
 def compare(args):
-    """Do all that is left to do; returns the exit status."""
+    """Do what is not done yet; returns the exit status."""
     models = load(args)
     settings = check_settings(args, models)
     if args.dry_run:
@@ -119,7 +58,7 @@ def compare(args):
             updates[model.name] = updates_of(args, model) or calibrate(args, model)
         except RunFailed as error:
             print(f"{model.name} {error}", flush=True)
-            failures.append(f"{model.name} (its speed)")
+            failures.append(f"{model.name} (calibration)")
     if args.launcher:
         for model in models:
             try:
@@ -131,7 +70,7 @@ def compare(args):
         if model.name in updates:
             title = f"[{number}/{len(runs)}] {model.name}, seed {seed}"
             try:
-                run(args, model, seed, updates[model.name], title)
+                train_and_evaluate(args, model, seed, updates[model.name], title)
                 report(args, runs, settings)
             except RunFailed as error:
                 print(f"{title} {error}", flush=True)
@@ -139,14 +78,14 @@ def compare(args):
     drawn = report(args, runs, settings)
     print(read(args.out / "table.md"))
     if not drawn:
-        print("no pictures: matplotlib is missing; pip install 'fairseq-sha[plots]', then repeat")
+        print("no pictures: matplotlib is missing; pip install 'fairseq-sha[plots]' and repeat")
     if failures:
         print(f"failed: {'; '.join(failures)}; repeat the command to try again", file=sys.stderr)
     return 1 if failures else 0
 
 
 def load(args):
-    """Check what was typed and read the configs; UserError names what is wrong."""
+    """Check the options and read the configs; UserError."""
     for option in (*BUDGETS, "calibration_seconds", "eval_streams"):
         value = getattr(args, option)
         if value is not None and value <= 0:
@@ -161,12 +100,12 @@ def load(args):
             )
     if not (recipes.TOOLS / "fairseq-hydra-train").is_file():
         raise UserError(f"{recipes.TOOLS} has no fairseq-hydra-train; use the Python beside it")
-    args.data, args.out = from_root(args.data), from_root(args.out)
+    args.data, args.out = from_here(args.data), from_here(args.out)
     args.seeds = list(dict.fromkeys(args.seeds))
     if args.launcher and args.seconds:
         raise UserError(
-            "--seconds with --launcher: speed would be measured here, not where the jobs run; give "
-            "--updates or --bytes"
+            "--seconds with --launcher: the speed would be measured on this machine and not where "
+            "the jobs run; give --updates or --bytes"
         )
     models = {}
     for path in args.configs:
@@ -176,22 +115,23 @@ def load(args):
         if args.bytes:
             recipes.tokens_per_update(model)
         models[model.name] = model
-    os.chdir(ROOT)
     return list(models.values())
 
 
-def from_root(path):
-    """The path as commands are given it: they run in the project's root."""
+def from_here(path):
+    """The path relative to the current directory, where the commands run, if it is inside."""
     path = path.resolve()
     try:
-        return path.relative_to(ROOT)
+        return path.relative_to(Path.cwd())
     except ValueError:
         return path
 
 
 def check_settings(args, models):
-    """What must stay the same for all results in a model's folder, by model; UserError if it does
-    not. Models and seeds may be added."""
+    """The settings that must be the same for all results in a model's folder, by model.
+
+    UserError: the folder has results of other settings. Models and seeds may be added.
+    """
     kind = next(kind for kind in BUDGETS if getattr(args, kind) is not None)
     common = {
         "budget": f"{getattr(args, kind):,.10g} {kind}",
@@ -207,8 +147,8 @@ def check_settings(args, models):
         folder = args.out / model.name
         changes = changed(folder, settings[model.name])
         scored = [*folder.glob("seed*/result.json")]
-        if not scored:  # then no result depends on settings of evaluation
-            changes = {key: text for key, text in changes.items() if not of_evaluation(key)}
+        if not scored:  # no result depends on settings of evaluation yet
+            changes = {key: text for key, text in changes.items() if not is_evaluation(key)}
         if changes and (scored or [*folder.glob("seed*/checkpoints/*.pt")]):
             raise UserError(
                 f"{folder} has results of another {', '.join(changes.values())}; choose another "
@@ -218,7 +158,7 @@ def check_settings(args, models):
 
 
 def changed(folder, settings):
-    """How settings differ from those that a model's folder was made with, if it was: by key."""
+    """How settings differ from those that a model's folder was made with: descriptions, by key."""
     made_with = read(folder / "settings.json")
     if not made_with:
         return {}
@@ -230,25 +170,27 @@ def changed(folder, settings):
     }
 
 
-def of_evaluation(key):
+def is_evaluation(key):
+    """Whether a setting affects evaluation only."""
     return key == "eval_streams" or key.startswith("evaluation.")
 
 
 def prepare(folder, model, settings):
-    """Make a model's folder. What other settings left there, logs at most, is removed."""
+    """Make a model's folder. Logs that other settings left there are removed."""
     changes = changed(folder, settings)
-    if not all(map(of_evaluation, changes)):
+    if not all(map(is_evaluation, changes)):
         shutil.rmtree(folder)
     elif changes:
         for log in [path for split in SPLITS for path in folder.glob(f"seed*/{split}.log")]:
             log.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "recipe.yaml", yaml.safe_dump(model.config, sort_keys=False))
+    config = recipes.runnable(model.config)
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(config, sort_keys=False))
     write_json(folder / "settings.json", settings)
 
 
 def flat(content, prefix=""):
-    """Nested dicts as one, with keys such as ``config.optimization.lr``."""
+    """Nested dicts as one dict, with keys such as ``config.optimization.lr``."""
     out = {}
     for key, value in content.items():
         nested = isinstance(value, dict)
@@ -256,14 +198,19 @@ def flat(content, prefix=""):
     return out
 
 
+def write_json(path, content):
+    write_atomically(path, summary.compact(content) + "\n")
+
+
 def print_commands(args, models):
-    print(f"cd {shlex.quote(str(ROOT))}")
+    """Print what would be run."""
+    print(f"cd {shlex.quote(str(Path.cwd()))}")
     for model in models:
         folder = args.out / model.name
-        print(f"# {folder}/recipe.yaml: the config with what is the same for all models")
+        print(f"# {folder}/recipe.yaml: the config with the settings that all models share")
         updates = updates_of(args, model)
         if updates is None:
-            print("# UPDATES: the budget times the updates per second of")
+            print("# UPDATES is the budget times the updates per second of this command:")
             print(shlex.join(recipes.calibration_command(folder, args.calibration_seconds)))
         if args.launcher:
             print(shlex.join(multirun_command(args, model, args.seeds, updates)))
@@ -277,8 +224,8 @@ def print_commands(args, models):
 
 
 def updates_of(args, model):
-    """Updates that the budget gives a model, one at least; None if its speed must be known for
-    that and was not measured yet."""
+    """The number of updates that a model's budget allows, at least 1; None if that depends on its
+    speed, which was not measured yet."""
     if args.updates:
         return args.updates
     if args.bytes:
@@ -293,37 +240,37 @@ def multirun_command(args, model, seeds, updates):
 
 
 def multirun(args, model, updates):
-    """Train all seeds that are not trained yet through Hydra's launcher; RunFailed."""
+    """Train the seeds that are not trained yet with Hydra's launcher; RunFailed."""
     folder = args.out / model.name
 
-    def left():
-        folders = {seed: folder / f"seed{seed}" for seed in args.seeds}
-        return [seed for seed in folders if not is_trained(read(folders[seed] / "train.log"))]
+    def untrained():
+        texts = {seed: read(folder / f"seed{seed}" / "train.log") for seed in args.seeds}
+        return [seed for seed, text in texts.items() if not is_trained(text)]
 
-    if left():
-        command = multirun_command(args, model, left(), updates)
+    seeds = untrained()
+    if seeds:
         execute(
-            command,
+            multirun_command(args, model, seeds, updates),
             folder / "multirun.log",
-            f"{model.name}, {len(left())} seeds",
-            lambda: f"training through {args.launcher}",
-            lambda _: not left(),
+            f"{model.name}, {len(seeds)} seeds",
+            lambda: f"training with {args.launcher}",
+            lambda _: not untrained(),
         )
 
 
 def calibrate(args, model):
-    """Train a model for a while to learn its speed, which is written to speed.json; returns the
-    updates that the budget gives it. RunFailed."""
+    """Train a model for a short time, write its speed to speed.json, and return the number of
+    updates that the budget allows. RunFailed."""
     folder = args.out / model.name
     log = folder / "calibration.log"
     if log.exists():
         log.unlink()
     command = recipes.calibration_command(folder, args.calibration_seconds)
-    execute(command, log, model.name, lambda: "measuring its speed", is_trained)
+    execute(command, log, model.name, lambda: "measuring the speed", is_trained)
     training = logs.read_training(read(log))
     if training is None or training.train[-1][0] < logs.SETTLING + recipes.CALIBRATION_INTERVAL:
         raise RunFailed(
-            f"is too slow for {args.calibration_seconds:g} s of measuring; raise "
+            f"is too slow to be measured in {args.calibration_seconds:g} s; raise "
             "--calibration-seconds"
         )
     speed = {
@@ -336,12 +283,12 @@ def calibrate(args, model):
     return speed["updates"]
 
 
-def run(args, model, seed, updates, title):
-    """Train and evaluate, as far as it is not done; RunFailed."""
+def train_and_evaluate(args, model, seed, updates, title):
+    """Do one run, as far as it is not done yet; RunFailed."""
     model_folder = args.out / model.name
     folder = model_folder / f"seed{seed}"
     if (folder / "result.json").is_file():
-        print(f"{title}: finished before", flush=True)
+        print(f"{title}: already finished", flush=True)
         return
     folder.mkdir(exist_ok=True)
     log = folder / "train.log"
@@ -366,7 +313,7 @@ def run(args, model, seed, updates, title):
                 command, split_log, title, f"evaluating on {split}".format, logs.read_evaluation
             )
     result = result_of(folder, model.name, seed, updates)
-    # Jobs of a launcher ran who knows where.
+    # The machine of a launcher's jobs is not known.
     result["machine"] = None if args.launcher else machine()
     write_json(folder / "result.json", result)
     for path in (folder / "checkpoints").glob("*.pt"):
@@ -377,25 +324,27 @@ def run(args, model, seed, updates, title):
 
 
 def is_trained(text):
-    # The second, where a run was stopped between its last checkpoint and its end.
+    """Whether a log says that training is complete."""
+    # The second line is that of a run that was stopped between its last checkpoint and its end.
     return "done training in" in text or "nothing left to train" in text
 
 
 def read(path):
+    """The text of a file; empty if there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def execute(command, log, title, status, is_done):
-    """Run a command, its output appended to a log, and print a line about it now and then.
+    """Run a command, append its output to a log, and print its progress from time to time.
 
-    status: gives what that line says
-    is_done: tells from the log's text whether the command did its work
+    status: function that returns the progress as text
+    is_done: function that tells from the log's text whether the command did its work
     RunFailed: it did not, or exited with an error
     """
     started = printed = time.monotonic()
     print(f"{title}: {status()}", flush=True)
     with open(log, "ab") as out:
-        # In a session of its own, so that all of its processes can be stopped, once.
+        # In a session of its own, so that all of its processes can be stopped together.
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )
@@ -413,7 +362,8 @@ def execute(command, log, title, status, is_done):
                 stopped = error
                 os.killpg(child.pid, signal.SIGTERM)
         child.returncode = os.WEXITSTATUS(code) if os.WIFEXITED(code) else -os.WTERMSIG(code)
-        # ru_maxrss is in KB. Linux counts this process's own into it, which is smaller: no torch.
+        # ru_maxrss is in KB. On Linux it is at least that of this process, which is small: it does
+        # not import torch.
         ended = f"{logs.ENDED} {child.returncode}, peak memory {usage.ru_maxrss // 1024} MB\n"
         out.write(ended.encode())
     if stopped:
@@ -424,21 +374,15 @@ def execute(command, log, title, status, is_done):
 
 
 def result_of(folder, name, seed, updates):
-    """Everything that is to be known about a finished run, from its logs."""
+    """What the logs say about a finished run; see ``summary``."""
     text = read(folder / "train.log")
     training = logs.read_training(text)
     if "Stopping training due to num_updates" not in text:
         raise RunFailed(
-            f"ended after some {training.train[-1][0]:,} of {updates:,} updates: something in its "
-            "config stopped it; remove that, and the run's folder"
+            f"ended after about {training.train[-1][0]:,} of {updates:,} updates: its config has "
+            "another condition to stop; remove it and the run's folder"
         )
     tokens, seconds = training.tokens_per_update, training.seconds_per_update
-
-    def curve(points):
-        return [
-            {"update": u, "bytes": u * tokens, "seconds": u * seconds, "bits": bits}
-            for u, bits in points
-        ]
 
     gpu = re.search(r"^rank .* name = (.+?)\s*$", text, re.MULTILINE)
     return {
@@ -447,18 +391,18 @@ def result_of(folder, name, seed, updates):
         "parameters": logs.read_parameters(text),
         "updates": updates,
         "bytes": round(updates * tokens),
-        "training_seconds": updates * seconds,
-        "training_tokens_per_second": tokens / seconds,
+        "training_seconds": float(f"{updates * seconds:.6g}"),
+        "training_tokens_per_second": float(f"{tokens / seconds:.6g}"),
         "peak_memory_mb": logs.read_peak(text),
         "device": gpu.group(1) if gpu else "CPU",
         **{split: logs.read_evaluation(read(folder / f"{split}.log")) for split in SPLITS},
-        "train_curve": curve(training.train),
-        "valid_curve": curve(training.valid),
+        "train_curve": training.train,
+        "valid_curve": training.valid,
     }
 
 
 def report(args, runs, settings):
-    """Write what is known so far; returns whether there could be pictures."""
+    """Write the results so far; returns whether pictures could be drawn."""
     results, missing = [], []
     for model, seed in runs:
         path = args.out / model.name / f"seed{seed}" / "result.json"
@@ -471,14 +415,13 @@ def report(args, runs, settings):
     }
     rows = summary.summarise(results)
     everything = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["fairseq-sha", *sys.argv[1:]]),
         "settings": common,
         "not_finished": missing,
-        "models": rows,
         "runs": results,
     }
-    write_json(args.out / "results.json", everything)
-    write(args.out / "table.md", summary.table(rows, common, missing))
+    summary.write_results(args.out / "results.json", everything)
+    write_atomically(args.out / "table.md", summary.table(rows, common, missing))
     try:
         summary.draw(results, rows, args.out)
     except ImportError:
@@ -487,14 +430,14 @@ def report(args, runs, settings):
 
 
 def machine():
-    """What a run was measured on and with."""
+    """The processor and the versions that a run was measured with."""
     names = re.findall(r"^model name\s*:\s*(.+)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
     versions = {}
     for name in ("torch", "fairseq", "ve-fairseq", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # fairseq goes by one of two names
+            continue  # fairseq is installed under one of two names
     return {
         "cpu": names[0] if names else platform.processor(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -502,7 +445,3 @@ def machine():
         "python": platform.python_version(),
         **versions,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What fairseq's commands wrote into their logs."""
+"""Reads the logs of fairseq's commands."""
 
 import json
 import math
@@ -6,27 +6,26 @@ import re
 import statistics
 from typing import List, NamedTuple, Tuple
 
-SETTLING = 10  # updates of a calibration that are not timed
-ENDED = "head_to_head: ended with status"  # our own line after each piece of a run
+SETTLING = 10  # first updates of a run, which are not timed
+ENDED = "fairseq-sha compare: ended with status"  # our own line after each command
 
 
 class Training(NamedTuple):
-    """The log of a training run; a resumed run's has several pieces, the last of which counts."""
+    """The log of a training run. If a resumed run repeats an update, the later one counts."""
 
     finished: bool
-    train: List[Tuple[int, float]]  # (update, bits per token since the line before)
+    train: List[Tuple[int, float]]  # (update, bits per token since the previous line)
     valid: List[Tuple[int, float]]
     tokens_per_update: float
     seconds_per_update: float  # median, without validation and checkpoints
 
 
 def read_training(text):
-    """Read the output of fairseq-hydra-train with ``log_format=json``; None before its first line
-    of numbers.
+    """Read the output of fairseq-hydra-train with ``log_format=json``.
 
-    fairseq logs ``train_wall`` in whole seconds, and what a checkpoint holds of it stands still
-    after a resume. So time is taken from tokens per second between two lines (``wps``), without
-    those in between which it validated, saved or started.
+    Returns None if it has no line of numbers yet. fairseq logs ``train_wall`` in whole seconds, and
+    its value is wrong after a resume. So times come from the tokens per second between two lines
+    (``wps``), without the intervals in which fairseq started, validated or saved.
     """
     train, valid, tokens, seconds, all_seconds = {}, {}, {}, {}, {}
     steady = False
@@ -37,7 +36,7 @@ def read_training(text):
             continue
         try:
             stats = json.loads(line)
-        except ValueError:  # still being written, or cut off when the run was killed
+        except ValueError:  # still being written, or cut off because the run was killed
             continue
         if "valid_num_updates" in stats:
             valid[int(stats["valid_num_updates"])] = bits(stats, "valid_")
@@ -58,13 +57,13 @@ def read_training(text):
         train=sorted(train.items()),
         valid=sorted(valid.items()),
         tokens_per_update=mean(tokens.values()),
-        # The median stands a disturbance of the machine for less than half of the run.
+        # The median is robust against other load on the machine for less than half of the run.
         seconds_per_update=statistics.median([*(seconds or all_seconds).values()] or [math.nan]),
     )
 
 
 def bits(stats, prefix):
-    """Bits per token. fairseq's losses are base 2; nll_loss is without what a criterion adds."""
+    """Bits per token: fairseq logs base 2; ``nll_loss`` excludes what a criterion adds."""
     for key in ("bpc", "nll_loss", "loss"):
         if prefix + key in stats:
             return float(stats[prefix + key])
@@ -78,13 +77,13 @@ def read_parameters(text):
 
 
 def read_peak(text):
-    """Peak resident memory in MB over all pieces of a run; None where it ran elsewhere."""
+    """Peak resident memory in MB over all commands of a run; None if a launcher ran it."""
     peaks = re.findall(rf"^{ENDED} \S+, peak memory (\d+) MB$", text, re.MULTILINE)
     return max(map(int, peaks), default=None)
 
 
 def read_evaluation(text):
-    """Bits per token, tokens and tokens per second as fairseq-eval-lm printed them, or None."""
+    """Bits per token, tokens and tokens per second that fairseq-eval-lm printed, or None."""
     score = re.findall(r"Loss \(base 2\): (\S+),", text)
     counted = re.findall(r"Evaluated ([0-9,]+) tokens in \S+ \((\S+) tokens/s\)", text)
     if not score or not counted:
@@ -98,6 +97,6 @@ def read_evaluation(text):
 
 
 def mean(values):
-    """The mean; nan of nothing."""
+    """The mean; nan if there are no values."""
     values = list(values)
     return sum(values) / len(values) if values else float("nan")

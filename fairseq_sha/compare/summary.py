@@ -1,33 +1,47 @@
-"""What a comparison found: results.json, a table, pictures."""
+"""The results of a comparison: results.json, a table, pictures.
 
+A run is a dict: ``model``, ``seed``, ``parameters``, ``updates``, ``bytes`` (that it was trained
+on), ``training_seconds``, ``training_tokens_per_second``, ``peak_memory_mb``, ``device``,
+``machine``; for ``valid`` and ``test`` a dict of ``bits`` (per byte), ``tokens`` and
+``tokens_per_second``; and ``train_curve`` and ``valid_curve``, lists of ``[update, bits]``.
+"""
+
+import io
 import json
-import os
 
-from logs import mean
+from fairseq_sha.compare.logs import mean
+from fairseq_sha.files import write_atomically
 
 SMOOTHING = 5  # points of a learning curve
+# Names of pictures: the number of a run that an axis is proportional to, and its label.
 PICTURES = {
-    "bits_by_seconds.png": ("seconds", "seconds of training"),
+    "bits_by_seconds.png": ("training_seconds", "seconds of training"),
     "bits_by_bytes.png": ("bytes", "bytes seen"),
 }
 
 
-def write(path, text):
-    """Write a file that appears when it is complete."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+def write_results(path, results):
+    """Write all results of a comparison as JSON, one line per run.
+
+    results (dict): ``command``, ``settings``, ``not_finished`` (names of runs), ``runs``
+    """
+    head = [f"{json.dumps(key)}: {compact(results[key])}," for key in results if key != "runs"]
+    runs = ",\n".join(map(compact, results["runs"]))
+    write_atomically(path, "{\n" + "\n".join(head) + f'\n"runs": [\n{runs}\n]\n}}\n')
 
 
-def write_json(path, content):
-    write(path, json.dumps(content, indent=1) + "\n")
+def compact(content):
+    """JSON on one line."""
+    return json.dumps(content, ensure_ascii=False)
 
 
 def summarise(results):
-    """One entry a model, the best on test first: means over seeds and half the range of bits; of
-    speed, time and memory over those seeds only that ran on the machine of the first.
+    """One row per model, the best on test first.
 
-    results: of finished runs, as ``run.py`` writes them
+    Bits are means over seeds, with half of their range. Speed, time and memory are means over those
+    seeds only that ran on the machine of the first.
+
+    results (list of dict): finished runs
     """
     models = {}
     for result in results:
@@ -55,12 +69,12 @@ def summarise(results):
         row["peak_memory_mb"] = max(peaks, default=None)
         row["parameters"] = runs[0]["parameters"]
         rows.append(row)
-    # A diverged model has nan for a score and comes last.
+    # The score of a diverged model is nan; it comes last.
     return sorted(rows, key=lambda row: (row["test"]["bits"] != row["test"]["bits"], score(row)))
 
 
 def timed(runs):
-    """Those runs of a model whose times can be put together: on the machine of the first."""
+    """The runs of a model whose times can be averaged: those on the machine of the first."""
     return [run for run in runs if run["machine"] == runs[0]["machine"]]
 
 
@@ -69,7 +83,11 @@ def score(row):
 
 
 def table(rows, settings, missing):
-    """The summary as Markdown; ``missing``: names of runs that are not finished."""
+    """The summary as Markdown.
+
+    settings (dict): has ``budget``
+    missing (list of str): names of runs that are not finished
+    """
 
     def bits(row, split):
         spread = f" ± {row[split]['half_range']:.3f}" if len(row["seeds"]) > 1 else ""
@@ -90,8 +108,8 @@ def table(rows, settings, missing):
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"The budget was {settings['budget']} of training. Seconds are updates times the median "
-        "time of an update,",
+        f"The budget was {settings['budget']} of training. Seconds are the number of updates times "
+        "the median time of an update,",
         "without validation and checkpoints.",
     ]
     if any(len(row["seeds"]) > 1 for row in rows):
@@ -101,7 +119,7 @@ def table(rows, settings, missing):
     scored = "; ".join(f"{count} ({', '.join(names)})" for count, names in counts.items())
     lines += [
         f"Bytes of test that were scored: {scored}.",
-        "Memory is that of the training process in main memory.",
+        "Memory is the main memory of the training process.",
         *(
             f"Speed, seconds and memory were measured on {cpu}: {', '.join(names)}."
             for cpu, names in grouped(rows, lambda row: (row["machine"] or {}).get("cpu")).items()
@@ -111,8 +129,8 @@ def table(rows, settings, missing):
     elsewhere = [row["model"] for row in rows if not row["all_timed"]]
     if elsewhere:
         lines += [
-            "They are those of the first seed and others on its machine; another seed ran on "
-            f"another, for as many updates: {', '.join(elsewhere)}."
+            "Another seed ran on another machine, for as many updates, and counts for bits only: "
+            f"{', '.join(elsewhere)}."
         ]
     if missing:
         lines += [f"Not finished: {', '.join(missing)}."]
@@ -120,7 +138,7 @@ def table(rows, settings, missing):
 
 
 def grouped(rows, key):
-    """Names of models by what ``key`` says of their rows."""
+    """Names of models, grouped by ``key(row)``."""
     groups = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row["model"])
@@ -128,18 +146,22 @@ def grouped(rows, key):
 
 
 def curve(runs, split, axis):
-    """A learning curve: positions on an axis and bits, both means over seeds."""
-    seeds = [{point["update"]: point for point in run[split]} for run in runs]
-    updates = sorted(set.intersection(*(set(points) for points in seeds)))
-    across = [[points[update] for points in seeds] for update in updates]
+    """A learning curve, averaged over seeds.
+
+    axis (str): the number of a run that the position on the axis is proportional to
+    Returns positions and bits.
+    """
+    seeds = [dict(run[f"{split}_curve"]) for run in runs]
+    updates = sorted(set.intersection(*map(set, seeds)))
+    per_update = mean(run[axis] / run["updates"] for run in runs)
     return (
-        [mean(point[axis] for point in points) for points in across],
-        [mean(point["bits"] for point in points) for points in across],
+        [update * per_update for update in updates],
+        [mean(points[update] for points in seeds) for update in updates],
     )
 
 
 def smooth(values):
-    """Running mean over ``SMOOTHING`` points, fewer towards both ends."""
+    """Running mean over ``SMOOTHING`` points, over fewer near both ends."""
     half = SMOOTHING // 2
     out = []
     for i in range(len(values)):
@@ -158,21 +180,21 @@ def draw(results, rows, folder):
         low, high = [], []
         for row in rows:
             runs = [result for result in results if result["model"] == row["model"]]
-            runs = timed(runs) if axis == "seconds" else runs
-            x, y = curve(runs, "train_curve", axis)
+            runs = timed(runs) if axis == "training_seconds" else runs
+            x, y = curve(runs, "train", axis)
             y = smooth(y)
             text = f"{row['model']}: {row['test']['bits']:.3f}"
             (line,) = axes.plot(x, y, linewidth=1.2, label=text)
-            valid_x, valid_y = curve(runs, "valid_curve", axis)
+            valid_x, valid_y = curve(runs, "valid", axis)
             axes.plot(valid_x, valid_y, "o", markersize=4, color=line.get_color())
             low += [min(y + valid_y)]
-            high += [y[len(y) // 10]]  # the first updates would squash the rest
+            high += [y[len(y) // 10]]  # the first updates would compress the rest
         if low and min(low) < max(high):
             margin = 0.05 * (max(high) - min(low))
             axes.set_ylim(min(low) - margin, max(high) + margin)
         axes.set(xlabel=label, ylabel="bits per byte", xlim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(title="model: test (line: train, points: valid)")
-        unfinished = folder / f"unfinished.{name}"
-        figure.savefig(unfinished, dpi=120)
-        os.replace(unfinished, folder / name)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        write_atomically(folder / name, picture.getvalue())

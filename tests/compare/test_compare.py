@@ -1,4 +1,7 @@
-"""The comparison of models under one budget: stopped, resumed, repeated, and what it reports."""
+"""``fairseq-sha compare``: stopped, resumed, repeated, and what it reports.
+
+Nothing here runs in the clone: configs name the plug-in, and its folder is found.
+"""
 
 import argparse
 import json
@@ -13,20 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from numpy.random import RandomState
 
+from fairseq_sha.compare import logs, runner, summary
+from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.data.segments import segment_lengths
 from tests.tiny_corpus import write_folder
 
-REPOSITORY = Path(__file__).parent.parent
-SCRIPT = REPOSITORY / "examples" / "head_to_head" / "run.py"
-sys.path.insert(0, str(SCRIPT.parent))  # as Python does for a script in that folder
-
-import logs  # noqa: E402
-import recipe as recipes  # noqa: E402
-import run as script  # noqa: E402
-import summary  # noqa: E402
-
+REPOSITORY = Path(__file__).resolve().parents[2]
+PLUGIN = REPOSITORY / "fairseq_sha"
+EXAMPLES = REPOSITORY / "examples"
 UPDATES = 100
 GOOD = """
 hydra: {run: {dir: .}}
@@ -76,32 +76,42 @@ def configs(tmp_path_factory):
     return folder
 
 
-def start(*options):
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory):
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+def start(folder, *options):
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, options)],
+        [sys.executable, "-m", "fairseq_sha", "compare", *map(str, options)],
+        cwd=str(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         universal_newlines=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         # A shell that runs the tests in the background has them ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
-def head_to_head(*options):
-    """Run the script; returns exit status, output and errors."""
-    process = start(*options)
-    output, errors = process.communicate()
-    return process.returncode, output, errors
+@pytest.fixture(scope="session")
+def compare(elsewhere):
+    def compare(*options):
+        """Run the command; returns exit status, output and errors."""
+        process = start(elsewhere, *options)
+        output, errors = process.communicate()
+        return process.returncode, output, errors
+
+    return compare
 
 
 @pytest.fixture(scope="session")
-def stopped(data, configs, tmp_path_factory):
+def stopped(data, configs, elsewhere, tmp_path_factory):
     """A comparison that Ctrl-C stopped after the first checkpoint: its options and outcome."""
     out = tmp_path_factory.mktemp("results") / "out"
     options = ["--data", data, "--configs", configs / "good.yaml", configs / "bad.yaml"]
     options += ["--updates", UPDATES, "--out", out]
-    process = start(*options)
+    process = start(elsewhere, *options)
     checkpoint = out / "good" / "seed1" / "checkpoints" / "checkpoint_last.pt"
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.02)
@@ -112,10 +122,10 @@ def stopped(data, configs, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(stopped):
-    """The same command again: goes on to the end."""
+def finished(stopped, compare):
+    """The same command again, which continues to the end."""
     out, options, *_ = stopped
-    return (out, options, *head_to_head(*options))
+    return (out, options, *compare(*options))
 
 
 def result(out):
@@ -124,9 +134,9 @@ def result(out):
 
 def test_interruption_stops_the_child(stopped):
     out, _, status, printed, log = stopped
-    assert status == 130 and printed.endswith("stopped; repeat the command to go on\n")
+    assert status == 130 and printed.endswith("stopped; repeat the command to continue\n")
     assert "Traceback" not in printed
-    assert log.splitlines()[-1].startswith("head_to_head: ended with status -15")
+    assert log.splitlines()[-1].startswith("fairseq-sha compare: ended with status -15")
     assert 0 < logs.read_training(log).train[-1][0] < UPDATES
     assert not list(out.glob("**/*.unfinished"))
 
@@ -158,13 +168,12 @@ def test_result_of_a_run(finished):
     assert found["parameters"] == 7952
     assert "num. model params: 7,408" in text  # model_overrides: collapsed
     assert found["test"]["bits"] < 3
-    assert found["valid_curve"][-1]["bits"] == pytest.approx(found["valid"]["bits"], abs=0.05)
-    assert found["updates"] == UPDATES and found["train_curve"][-1]["update"] == UPDATES
+    assert found["valid_curve"][-1][1] == pytest.approx(found["valid"]["bits"], abs=0.05)
+    assert found["updates"] == UPDATES and found["train_curve"][-1][0] == UPDATES
     log = (finished[0] / "good" / "seed1" / "train.log").read_text()
     tokens = re.findall(r'"wpb": "(\d+)".*? "num_updates": "(\d+)"', log)
     tokens = {update: int(count) for count, update in tokens}  # of a repeated update the later
     assert len(tokens) == UPDATES and found["bytes"] == sum(tokens.values())
-    assert found["train_curve"][-1]["bytes"] == pytest.approx(found["bytes"], abs=1)
     speed = found["bytes"] / found["training_seconds"]
     assert found["training_tokens_per_second"] == pytest.approx(speed, rel=1e-3)
     assert 100 < found["peak_memory_mb"] < 5000
@@ -182,11 +191,41 @@ def test_report_sums_up(finished):
     assert "Not finished: bad seed 1." in table
     assert "The budget was 100 updates of training." in table
     everything = json.loads((out / "results.json").read_text())
-    assert everything["command"].endswith(shlex.join(map(str, options)))
+    assert everything["command"] == shlex.join(["fairseq-sha", "compare", *map(str, options)])
     assert torch.__version__.startswith(found["machine"]["torch"])
     assert found["machine"]["omp_num_threads"] == "1"
     assert everything["runs"] == [found]
     assert everything["not_finished"] == ["bad seed 1"]
+    assert len((out / "results.json").read_text().splitlines()) < 10
+
+
+def test_plugin_is_found_without_a_clone(finished, tmp_path, monkeypatch):
+    """Its name is replaced by its folder; any other ``user_dir`` stays."""
+    recipe = yaml.safe_load((finished[0] / "good" / "recipe.yaml").read_text())
+    assert recipe["common"]["user_dir"] == str(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other" / "fairseq_sha").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(PLUGIN)
+    for given, found in {
+        "fairseq_sha": str(PLUGIN),
+        "./fairseq_sha/": str(PLUGIN),
+        str(PLUGIN): str(PLUGIN),
+        "link": str(PLUGIN),
+        "other/fairseq_sha": "other/fairseq_sha",
+        "mine": "mine",
+        None: None,
+    }.items():
+        assert recipes.user_dir({"common": {"user_dir": given}}) == found
+    assert recipes.user_dir({}) is None
+
+
+@pytest.mark.parametrize("name", ["head_to_head", "recurrences"])
+def test_results_of_the_examples_give_their_tables(name):
+    folder = EXAMPLES / name / "enwiki6"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    rows = summary.summarise(results["runs"])
+    table = summary.table(rows, results["settings"], results["not_finished"])
+    assert table == (folder / "table.md").read_text(encoding="utf-8")
 
 
 def test_pictures(finished):
@@ -195,13 +234,13 @@ def test_pictures(finished):
         assert (finished[0] / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_repeated_command_redoes_only_what_failed(finished):
+def test_repeated_command_redoes_only_what_failed(finished, compare):
     out, options, *_ = finished
     before = {path: path.read_bytes() for path in (out / "good").glob("**/*") if path.is_file()}
     log = (out / "bad" / "seed1" / "train.log").read_text()
-    status, output, _ = head_to_head(*options)
+    status, output, _ = compare(*options)
     assert status == 1
-    assert "[1/2] good, seed 1: finished before" in output
+    assert "[1/2] good, seed 1: already finished" in output
     after = {path: path.read_bytes() for path in (out / "good").glob("**/*") if path.is_file()}
     assert after == before
     again = (out / "bad" / "seed1" / "train.log").read_text()
@@ -217,37 +256,37 @@ def test_repeated_command_redoes_only_what_failed(finished):
         (["--eval-streams", 4], "eval_streams (was 8, now 4)"),
     ],
 )
-def test_results_of_other_settings_are_not_mixed(finished, change, message):
+def test_results_of_other_settings_are_not_mixed(finished, compare, change, message):
     out, options, *_ = finished
     before = (out / "results.json").read_bytes()
-    status, output, errors = head_to_head(*options, *change)
+    status, output, errors = compare(*options, *change)
     assert (status, output) == (1, "")
     remedy = "choose another --out, or remove it"
     assert errors == f"error: {out}/good has results of another {message}; {remedy}\n"
     assert (out / "results.json").read_bytes() == before
 
 
-def test_a_config_may_be_mended_while_there_are_no_results(tmp_path):
+def test_a_config_may_be_corrected_while_there_are_no_results(tmp_path):
     """What was measured with the old one is measured again."""
     model = recipes.Recipe("x", {"model": {"width": 16}}, {})
-    script.prepare(tmp_path / "x", model, {"config": {"model": {"width": 16}}})
+    runner.prepare(tmp_path / "x", model, {"config": {"model": {"width": 16}}})
     (tmp_path / "x" / "speed.json").write_text("{}")
-    script.prepare(tmp_path / "x", model, {"config": {"model": {"width": 16}}})
+    runner.prepare(tmp_path / "x", model, {"config": {"model": {"width": 16}}})
     assert (tmp_path / "x" / "speed.json").exists()
-    script.prepare(tmp_path / "x", model, {"config": {"model": {"width": 24}}})
+    runner.prepare(tmp_path / "x", model, {"config": {"model": {"width": 24}}})
     assert not (tmp_path / "x" / "speed.json").exists()
 
 
 def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monkeypatch):
     """With a model of fairseq's own, on its own task."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.chdir(tmp_path)
     options = dict(updates=None, bytes=None, seconds=30.0, calibration_seconds=10.0, out=tmp_path)
     args = argparse.Namespace(**options)
     model = recipes.load(configs / "stock.yaml", data, [])
-    script.prepare(tmp_path / "stock", model, {})
-    assert script.updates_of(args, model) is None
-    updates = script.calibrate(args, model)
+    runner.prepare(tmp_path / "stock", model, {})
+    assert runner.updates_of(args, model) is None
+    updates = runner.calibrate(args, model)
     speed = json.loads((tmp_path / "stock" / "speed.json").read_text())
     assert updates == speed["updates"] == int(30 * speed["updates_per_second"])
     assert speed["tokens_per_update"] == pytest.approx(4 * 64, rel=0.05)
@@ -255,17 +294,17 @@ def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monke
     assert not list((tmp_path / "stock").glob("**/*.pt"))
     log = (tmp_path / "stock" / "calibration.log").read_text()
     assert "begin validation" not in log
-    assert script.updates_of(args, model) == updates
+    assert runner.updates_of(args, model) == updates
 
 
 def test_seeds_are_trained_through_a_launcher(data, configs, tmp_path, monkeypatch, capsys):
     """One multirun; what it leaves is read like any other run's."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.chdir(tmp_path)
     args = argparse.Namespace(out=tmp_path / "out", seeds=[3, 5], launcher="basic")
     model = recipes.load(configs / "good.yaml", data, [])
-    script.prepare(args.out / "good", model, {})
-    script.multirun(args, model, 8)
+    runner.prepare(args.out / "good", model, {})
+    runner.multirun(args, model, 8)
     for seed in args.seeds:
         log = (args.out / "good" / f"seed{seed}" / "train.log").read_text()
         training = logs.read_training(log)
@@ -274,14 +313,14 @@ def test_seeds_are_trained_through_a_launcher(data, configs, tmp_path, monkeypat
         assert logs.read_peak(log) is None
         assert (args.out / "good" / f"seed{seed}" / "checkpoints" / "checkpoint_last.pt").exists()
     capsys.readouterr()
-    script.multirun(args, model, 8)  # nothing is left to do
+    runner.multirun(args, model, 8)  # nothing is left to do
     assert capsys.readouterr().out == ""
 
 
-def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path):
+def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path, compare):
     options = ["--data", data, "--configs", configs / "good.yaml", configs / "stock.yaml"]
     options += ["--out", tmp_path / "out", "--seeds", 1, 2, "--dry-run"]
-    status, output, _ = head_to_head(*options, "--updates", 80)
+    status, output, _ = compare(*options, "--updates", 80)
     assert status == 0 and not (tmp_path / "out").exists()
     commands = [shlex.split(line) for line in output.splitlines() if line.startswith("/")]
     assert len(commands) == 2 * 2 * 3
@@ -293,31 +332,33 @@ def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path):
     assert valid[3] == "valid" and test[3] == "test"
     words = " ".join(test)
     assert "--tokens-per-sample 50 --batch-size 8 --model-overrides {'collapse': True}" in words
-    assert "--user-dir fairseq_sha --cpu" in words
+    assert f"--user-dir {PLUGIN} --cpu" in words
     stock = " ".join(commands[-1])
     assert "language_modeling --tokens-per-sample 64 --batch-size 2 --context-window 48" in stock
     assert "--user-dir" not in stock
 
-    status, output, _ = head_to_head(*options, "--seconds", 60)
+    status, output, _ = compare(*options, "--seconds", 60)
     assert status == 0 and "optimization.max_update=UPDATES" in output
     assert output.count("optimization.stop_time_hours=0.011111") == 2
     assert "lr_scheduler.warmup_updates=UPDATES*40/800" in output
 
 
-def test_stock_model_and_a_change_of_evaluation_before_there_are_results(data, configs, tmp_path):
+def test_stock_model_and_a_change_of_evaluation_before_there_are_results(
+    data, configs, tmp_path, compare
+):
     """Training does not depend on settings of evaluation: it is not repeated."""
     out = tmp_path / "out"
     options = ["--data", data, "--configs", configs / "stock.yaml", "--updates", 4, "--out", out]
-    status, output, errors = head_to_head(*options)
+    status, output, errors = compare(*options)
     assert status == 0, output + errors
     (result,) = json.loads((out / "results.json").read_text())["runs"]
     assert 0 < result["test"]["tokens"] <= 833
     log = (out / "stock" / "seed1" / "train.log").read_text()
     options += ["--set", "evaluation.context_window=8"]
-    status, _, errors = head_to_head(*options)
+    status, _, errors = compare(*options)
     assert status == 1 and "has results of another evaluation.context_window (was 48" in errors
     (out / "stock" / "seed1" / "result.json").unlink()
-    status, output, errors = head_to_head(*options)
+    status, output, errors = compare(*options)
     assert status == 0, output + errors
     (again,) = json.loads((out / "results.json").read_text())["runs"]
     assert again["test"]["bits"] != result["test"]["bits"]
@@ -332,8 +373,8 @@ def test_stock_model_and_a_change_of_evaluation_before_there_are_results(data, c
         (GOOD, ["--seconds", -1], r"--seconds -1: must be positive"),
         (GOOD, ["--updates", 5, "--data", "/nowhere"], r"/nowhere/dict.txt is missing; make a .*"),
         (GOOD, ["--updates", 5, "--set", "cpu"], r"--set cpu: give SECTION.FIELD=VALUE, .*"),
-        ("a: [", ["--updates", 5], r".*/good.yaml: not a config: .*; mend it"),
-        ("- a", ["--updates", 5], r".*/good.yaml: not a config: .*; mend it"),
+        ("a: [", ["--updates", 5], r".*/good.yaml: not a config: .*; correct it"),
+        ("- a", ["--updates", 5], r".*/good.yaml: not a config: .*; correct it"),
         (
             GOOD.replace("max_update: 800, ", ""),
             ["--updates", 5],
@@ -348,26 +389,26 @@ def test_stock_model_and_a_change_of_evaluation_before_there_are_results(data, c
         (
             GOOD,
             ["--updates", 5, "--set", "evaluation.context_window=40"],
-            r".*/good.yaml: in evaluation, context_window 40 leaves nothing of .*",
+            r".*/good.yaml: in evaluation, tokens_per_sample 40 includes the context .*",
         ),
     ],
 )
-def test_mistakes_cost_one_line(data, tmp_path, config, options, message):
+def test_mistakes_cost_one_line(data, tmp_path, compare, config, options, message):
     if config is not None:
         (tmp_path / "good.yaml").write_text(config)
     path = tmp_path / ("no_such.yaml" if config is None else "good.yaml")
     fixed = ["--data", data, "--configs", path, "--out", tmp_path / "out"]
-    status, output, errors = head_to_head(*fixed, *options)
+    status, output, errors = compare(*fixed, *options)
     assert (status, output) == (1, "")
     assert re.fullmatch(f"error: {message}\n", errors)
     assert not (tmp_path / "out").exists()
 
 
-def test_two_configs_of_one_name(data, configs, tmp_path):
+def test_two_configs_of_one_name(data, configs, tmp_path, compare):
     (tmp_path / "good.yaml").write_text(GOOD)
     paths = [configs / "good.yaml", tmp_path / "good.yaml"]
     fixed = ["--data", data, "--updates", 5, "--out", tmp_path / "out"]
-    status, _, errors = head_to_head(*fixed, "--configs", *paths)
+    status, _, errors = compare(*fixed, "--configs", *paths)
     assert status == 1
     assert errors == f"error: {paths[1]}: another config is called good too; rename one\n"
 
@@ -405,9 +446,13 @@ def test_log_of_a_resumed_run():
     """Later lines replace earlier ones; validation and starting are not training time."""
     valid = '{"epoch": 1, "valid_loss": "5", "valid_nll_loss": "4.5", "valid_num_updates": "20"}'
     lines = ["training on 1 devices", logged(12, 6, 1), logged(16, 5, 50), logged(20, 4, 50)]
-    lines += [valid, logged(24, 9, 1), "head_to_head: ended with status -15, peak memory 70 MB"]
+    lines += [
+        valid,
+        logged(24, 9, 1),
+        "fairseq-sha compare: ended with status -15, peak memory 70 MB",
+    ]
     lines += ["training on 1 devices", logged(24, 3.5, 2), logged(28, 3, 100, 90)]
-    lines += ["head_to_head: ended with status 0, peak memory 60 MB"]
+    lines += [f"{logs.ENDED} 0, peak memory 60 MB"]
     training = logs.read_training("\n".join(lines))
     assert training.train == [(12, 6), (16, 5), (20, 4), (24, 3.5), (28, 3)]
     assert training.valid == [(20, 4.5)]
@@ -420,8 +465,9 @@ def test_log_of_a_resumed_run():
 
 def made_up(model, seed, test, points=((10, 4.0), (20, 3.0)), cpu="fast"):
     evaluation = {"bits": test, "tokens": 832, "tokens_per_second": 1000.0}
-    curve = [{"update": u, "bytes": u, "seconds": u / seed, "bits": b} for u, b in points]
-    numbers = dict(parameters=5, updates=20, bytes=2000, training_seconds=1.0, peak_memory_mb=seed)
+    curve = [list(point) for point in points]
+    numbers = dict(parameters=5, updates=20, bytes=2000, peak_memory_mb=seed)
+    numbers["training_seconds"] = 20.0 / seed
     return {
         **{"model": model, "seed": seed, "training_tokens_per_second": 500.0 * seed, **numbers},
         **{"valid": {**evaluation, "bits": test + 1}, "test": evaluation},
@@ -435,8 +481,8 @@ def test_table_has_means_and_spreads_and_the_best_first():
     rows = summary.summarise(results)
     assert [row["model"] for row in rows] == ["b", "c", "a", "nan"]
     lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
-    assert lines[2] == "| b | 5 | 3.200 ± 0.200 | 2.200 ± 0.200 | 1,000 | 1,000 | 3 | 2,000 | 1 |"
-    assert lines[3] == "| c | 5 | 3.300 | 2.300 | 500 | 1,000 | 1 | 2,000 | 1 |"
+    assert lines[2] == "| b | 5 | 3.200 ± 0.200 | 2.200 ± 0.200 | 1,000 | 1,000 | 3 | 2,000 | 12 |"
+    assert lines[3] == "| c | 5 | 3.300 | 2.300 | 500 | 1,000 | 1 | 2,000 | 20 |"
     assert "mean over seeds ± half of their range (seeds: b 3, c 1, a 1, nan 1)" in lines[-4]
     assert lines[-1] == "Speed, seconds and memory were measured on fast: b, c, a, nan."
 
@@ -445,23 +491,26 @@ def test_times_of_two_machines_are_not_put_together():
     results = [made_up("a", 1, 2.0), made_up("a", 2, 3.0, cpu="slow"), made_up("b", 1, 2.5)]
     rows = summary.summarise(results)
     lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
-    assert lines[2] == "| a | 5 | 3.500 ± 0.500 | 2.500 ± 0.500 | 500 | 1,000 | 1 | 2,000 | 1 |"
-    assert lines[-1].endswith("another seed ran on another, for as many updates: a.")
+    assert lines[2] == "| a | 5 | 3.500 ± 0.500 | 2.500 ± 0.500 | 500 | 1,000 | 1 | 2,000 | 20 |"
+    assert lines[-1].startswith("Another seed ran on another machine") and lines[-1].endswith(
+        ": a."
+    )
 
 
 def test_curves_are_means_over_seeds():
     runs = [made_up("a", 1, 2), made_up("a", 2, 2, ((10, 5.0), (20, 3.5), (30, 1.0)))]
-    assert summary.curve(runs, "train_curve", "seconds") == ([7.5, 15], [4.5, 3.25])
+    assert summary.curve(runs, "train", "training_seconds") == ([7.5, 15], [4.5, 3.25])
+    assert summary.curve(runs, "valid", "bytes") == ([], [])  # no point in common
     assert summary.smooth([0, 3, 6, 0, 30, 0]) == pytest.approx([0, 3, 7.8, 7.8, 10, 0])
 
 
 def test_progress_is_visible_and_a_failure_shows_the_end_of_the_log(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "PROGRESS_SECONDS", 0.3)
+    monkeypatch.setattr(runner, "PROGRESS_SECONDS", 0.3)
     code = "import sys, time; print('one', flush=True); time.sleep(0.8); sys.exit('no more')"
     log = tmp_path / "train.log"
-    with pytest.raises(script.RunFailed, match=f"failed; the end of {log}:\n    one\n    no more"):
-        script.execute([sys.executable, "-c", code], log, "[1/2] x", log.exists, str)
+    with pytest.raises(runner.RunFailed, match=f"failed; the end of {log}:\n    one\n    no more"):
+        runner.execute([sys.executable, "-c", code], log, "[1/2] x", log.exists, str)
     assert re.match(r"\[1/2\] x: False\n\[1/2\] x: True, 0 s\n", capsys.readouterr().out)
-    with pytest.raises(script.RunFailed):  # a good exit status without the work done
-        script.execute(["true"], log, "x", str, lambda text: False)
+    with pytest.raises(runner.RunFailed):  # a good exit status without the work done
+        runner.execute(["true"], log, "x", str, lambda text: False)
     assert "ended with status 0" in log.read_text()

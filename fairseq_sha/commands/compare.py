@@ -1,0 +1,70 @@
+"""Train and evaluate models under one budget, and report.
+
+    fairseq-sha compare --data data-bin/enwiki6 --configs examples/head_to_head/*.yaml \\
+        --seconds 720 --seeds 1 2 --out runs/head_to_head
+
+Each config is a complete YAML for fairseq-hydra-train. Its schedule, all that lr_scheduler counts
+in updates, is scaled from its own optimization.max_update to the budget. A file of the same name
+in the folder `evaluation` beside it holds the settings that differ in evaluation
+(tokens_per_sample, batch_size, context_window, model_overrides). Commands run in the current
+directory.
+
+A budget in seconds of training is converted into updates once, by training each model for a short
+time; one in bytes by the mean number of tokens per update on one device.
+
+OUT gets table.md, results.json and pictures of learning curves, which are rewritten after each
+run; OUT/MODEL/seedN gets logs, a checkpoint and result.json. After an interruption, repeat the
+command to continue.
+"""
+
+from pathlib import Path
+
+
+def add_arguments(parser):
+    """Declare the options."""
+    parser.add_argument("--data", required=True, type=Path, help="data folder")
+    parser.add_argument(
+        "--configs", required=True, nargs="+", type=Path, help="one YAML file per model"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder for results")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1], help="one run per seed (default: 1)"
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--seconds", type=float, help="budget: seconds of training")
+    budget.add_argument("--updates", type=int, help="budget: updates")
+    budget.add_argument("--bytes", type=int, help="budget: bytes to train on")
+    parser.add_argument(
+        "--calibration-seconds",
+        type=float,
+        default=40,
+        help="how long each model is trained to measure its speed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--eval-streams",
+        type=int,
+        default=8,
+        help="batch size of evaluation, unless the config sets its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change a setting of all configs",
+    )
+    parser.add_argument(
+        "--launcher",
+        metavar="NAME",
+        help="train all seeds of a model in one Hydra multirun with this launcher, such as "
+        "submitit_slurm; by default they are trained one after the other on this machine",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+
+
+def run(args):
+    """Run the comparison; returns the exit status."""
+    from fairseq_sha.compare import runner
+
+    return runner.run(args)
