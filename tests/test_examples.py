@@ -1,4 +1,4 @@
-"""Every recipe names things that exist: a mistyped field would otherwise cost a user a run."""
+"""Recipes follow their papers and name what exists: a mistyped field would cost a user a run."""
 
 import importlib.util
 import re
@@ -62,7 +62,7 @@ ADAM = {"_name": "adam"}
 
 
 def published(name):
-    """What the papers say of a recipe: optimiser, schedule, length and rate, streams, segment."""
+    """A recipe in its paper: optimiser, schedule, length and learning rate, streams, segment."""
 
     def schedule(kind, warmup):
         return {"_name": kind, "warmup_updates": warmup}

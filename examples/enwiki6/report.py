@@ -1,13 +1,14 @@
-"""Sum up a run on enwiki6: bits per byte beside xz and bzip2, a learning curve, a passage.
+"""Summarise a run on enwiki6: bits per byte beside xz and bzip2, a learning curve, a sample.
 
     python examples/enwiki6/report.py --data data-bin/enwiki6 --run runs/demo
 
-The run's folder holds ``checkpoints/``, ``tensorboard/`` and ``test.log``, the output of
-fairseq-eval-lm on the test split. Writes ``learning_curve.png`` and ``report.md`` there.
+The folder of the run holds ``checkpoints/``, ``tensorboard/`` and ``test.log``, the output of
+fairseq-eval-lm on the test split. ``learning_curve.png`` and ``report.md`` are written there.
 """
 
 import argparse
 import bz2
+import io
 import logging
 import lzma
 import os
@@ -19,13 +20,15 @@ import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fairseq_sha import UserError
+import fairseq_sha
 from fairseq_sha.data.byte_dictionary import ByteDictionary
 from fairseq_sha.data.corpus import Corpus
+from fairseq_sha.errors import UserError
+from fairseq_sha.files import write_atomically
 from fairseq_sha.models.sha_rnn import SHARNN
 
 PROMPT = "'''London''' is "
-PASSAGE = 600  # bytes
+SAMPLE = 600  # bytes
 
 
 def main():
@@ -35,7 +38,16 @@ def main():
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
     args = parser.parse_args()
-    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq makes all packages talkative
+    try:
+        report(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def report(args):
+    """Write the report; UserError."""
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq sets it to INFO for all packages
+    fairseq_sha.register()
 
     dictionary = ByteDictionary.load(os.path.join(args.data, "dict.txt"))
     train, test = (Corpus(os.path.join(args.data, split)) for split in ("train", "test"))
@@ -53,7 +65,7 @@ def main():
     rows = [(name, 8 * len(out) / len(data)) for name, out in compressed.items()]
     rows += [("this SHA-RNN", score)]
     updates = max(step for step, _ in curves["train_inner"])
-    report = [
+    lines = [
         "# SHA-RNN on enwiki6",
         "",
         f"| on the {len(data):,} bytes of test | bits per byte |",
@@ -61,27 +73,25 @@ def main():
         *(f"| {name} | {bits:.3f} |" for name, bits in rows),
         "",
         f"The model was trained for {updates:,} updates on text from the {train.total_tokens:,}",
-        "bytes of train, other pages; xz and bzip2 have seen nothing before the test bytes.",
+        "bytes of train, which are other pages. xz and bzip2 saw nothing before the test bytes.",
         "",
         f"Learning curve: {args.run}/learning_curve.png",
         "",
-        f"What the model wrote after {PROMPT!r}:",
+        f"Sample of the model after {PROMPT!r}:",
         "",
-        *("    " + line for line in passage(args.data, args.run).splitlines()),
+        *("    " + line for line in sample(args.data, args.run).splitlines()),
         "",
     ]
-    unfinished = args.run / "report.md.unfinished"
-    unfinished.write_text("\n".join(report), encoding="utf-8")
-    unfinished.rename(args.run / "report.md")
+    write_atomically(args.run / "report.md", "\n".join(lines))
 
 
 def read_score(path):
-    """Bits per byte and number of tokens scored, as fairseq-eval-lm printed them."""
+    """Bits per byte and number of scored tokens that fairseq-eval-lm printed."""
     text = path.read_text(encoding="utf-8")
     loss = re.search(r"Loss \(base 2\): ([0-9.]+)", text)
     tokens = re.search(r"Evaluated ([0-9,]+) tokens", text)
     if loss is None or tokens is None:
-        raise UserError(f"{path}: holds no score; remove it and evaluate again")
+        raise UserError(f"{path}: contains no score; remove it and evaluate again")
     return float(loss.group(1)), int(tokens.group(1).replace(",", ""))
 
 
@@ -90,7 +100,7 @@ def read_curves(folder):
     curves = {}
     for name in ("train_inner", "valid"):
         events = EventAccumulator(str(folder / name)).Reload()
-        # A run that was resumed has logged some updates twice: the later one counts.
+        # A resumed run may have logged an update twice: the later value counts.
         curves[name] = sorted({e.step: e.value for e in events.Scalars("bpc")}.items())
     return curves
 
@@ -104,16 +114,18 @@ def draw(curves, score, path):
     axes.set(xlabel="updates", ylabel="bits per byte", ylim=(1.8, 5), title="SHA-RNN on enwiki6")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
 
 
-def passage(data, run):
-    """Text that the model goes on with after ``PROMPT``."""
+def sample(data, run):
+    """A text that begins with ``PROMPT``, generated by the model."""
     model = SHARNN.from_pretrained(str(run / "checkpoints"), "checkpoint_last.pt", data)
     torch.manual_seed(1)
-    options = dict(sampling=True, sampling_topp=0.9, max_len_b=len(PROMPT) + PASSAGE)
+    options = dict(sampling=True, sampling_topp=0.9, max_len_b=len(PROMPT) + SAMPLE)
     return model.sample(PROMPT, **options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

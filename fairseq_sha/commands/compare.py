@@ -17,11 +17,14 @@ run; OUT/MODEL/seedN gets logs, a checkpoint and result.json. After an interrupt
 command to continue.
 """
 
+import argparse
 from pathlib import Path
 
 
 def add_arguments(parser):
     """Declare the options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
     parser.add_argument("--data", required=True, type=Path, help="data folder")
     parser.add_argument(
         "--configs", required=True, nargs="+", type=Path, help="one YAML file per model"
