@@ -1,27 +1,31 @@
 # Each target makes the virtual environment that it needs; see README.md.
 #   make demo            train and evaluate a small SHA-RNN on real Wikipedia bytes, on two CPU cores
-#   make test            lint and all tests
-#   make test-long       with the tests that take long: runs that are killed, several workers
-#   make test-upstream   the same tests with upstream fairseq 0.12.2 on Python 3.8
+#   make test            lint and all tests except the slow ones
+#   make test-long       lint and all tests, such as those of killed runs and several workers
+#   make test-312        make test on Python 3.12
+#   make test-upstream   all tests except the slow ones with upstream fairseq 0.12.2 on Python 3.8
 #   make bench           speed and memory of every part, as tables in runs/bench.md
 #   make bench-growth    how time and memory grow, as a picture in runs/growth.png
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-upstream has-python38 lint bench bench-growth clean
+.PHONY: demo test test-long test-312 test-upstream has-python38 lint bench bench-growth clean
 
 PYTHON ?= python3
 VENV ?= .venv
-# The first Python 3.8 that runs: pyenv puts a python3.8 on PATH that may not.
-PYTHON38 ?= $(shell for python in python3.8 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.8.*/bin/python; do \
+# The first Python of a version that runs: pyenv puts a python3.8 on PATH that may not run.
+find-python = $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1).*/bin/python; do \
   if "$$python" -c "" 2>/dev/null; then echo "$$python"; break; fi; done)
+PYTHON38 ?= $(call find-python,3.8)
+PYTHON312 ?= $(call find-python,3.12)
 VENV38 ?= .venv38
+VENV312 ?= .venv312
 
 BIN := $(VENV)/bin
 DATA := data-bin/enwiki6
 RUN := runs/demo
-# What did best in eight minutes on two cores: many small updates of a narrow model, without dropout.
+# The best settings for eight minutes on two cores: many small updates of a narrow model, no dropout.
 DEMO_OPTIONS := --task byte_language_modeling --cpu \
   --arch sha_rnn_small --width 192 --window 512 \
   --dropout-input 0 --dropout-hidden 0 --dropout-output 0 \
@@ -43,12 +47,12 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable '.[test,plots]'
 	touch $@
 
-# gensim's wheel carries the corpus; nothing of it is run, so it needs no dependencies.
+# gensim's wheel contains the corpus. None of its code is run, so it needs no dependencies.
 $(DATA)/dict.txt: | $(VENV)/installed
 	$(BIN)/pip install --no-deps gensim==4.4.0
 	$(BIN)/python preprocess/enwiki6.py --dest $(DATA)
 
-# fairseq-train goes on from its last checkpoint if it was interrupted.
+# After an interruption fairseq-train continues from its last checkpoint.
 $(RUN)/trained: | $(DATA)/dict.txt
 	mkdir -p $(RUN)
 	$(BIN)/fairseq-train $(DATA) --user-dir fairseq_sha $(DEMO_OPTIONS) \
@@ -72,6 +76,12 @@ test: lint $(DATA)/dict.txt
 
 test-long: lint $(DATA)/dict.txt
 	$(BIN)/python -m pytest tests
+
+test-312:
+	@test -n "$(PYTHON312)" || { \
+	  echo "error: no Python 3.12 on PATH or in pyenv; name one with 'make test-312 PYTHON312=...'" >&2; \
+	  exit 1; }
+	$(MAKE) test PYTHON="$(PYTHON312)" VENV=$(VENV312)
 
 $(VENV38)/installed: setup.cfg pyproject.toml constraints-upstream.txt
 	@test -n "$(PYTHON38)" || { \
@@ -98,4 +108,4 @@ bench-growth: $(VENV)/installed
 	$(BIN)/python -W ignore benchmarks/growth.py --save runs
 
 clean:
-	rm -rf $(VENV) $(VENV38) data-bin runs checkpoints
+	rm -rf $(VENV) $(VENV38) $(VENV312) data-bin runs checkpoints
