@@ -118,7 +118,7 @@ def table(rows, settings, missing):
     counts = grouped(rows, lambda row: f"{row['test']['tokens']:,}")
     scored = "; ".join(f"{count} ({', '.join(names)})" for count, names in counts.items())
     lines += [
-        f"Bytes of test that were scored: {scored}.",
+        *([f"Bytes of test that were scored: {scored}."] if rows else []),
         "Memory is the main memory of the training process.",
         *(
             f"Speed, seconds and memory were measured on {cpu}: {', '.join(names)}."
@@ -194,7 +194,8 @@ def draw(results, rows, folder):
             axes.set_ylim(min(low) - margin, max(high) + margin)
         axes.set(xlabel=label, ylabel="bits per byte", xlim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(title="model: test (line: train, points: valid)")
+        if rows:
+            axes.legend(title="model: test (line: train, points: valid)")
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         write_atomically(folder / name, picture.getvalue())
