@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from fairseq_sha import compress
+from fairseq_sha.commands import compress
 from fairseq_sha.models.adaptive_span import AdaptiveSpanDecoder
 from fairseq_sha.modules import LSTM
 from fairseq_sha.ops import attend, causal_bias, dropout, linear_recurrence, lstm, sru

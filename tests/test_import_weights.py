@@ -13,7 +13,7 @@ from fairseq.data import Dictionary
 
 from fairseq_sha import UserError
 from fairseq_sha.data.byte_dictionary import ByteDictionary
-from fairseq_sha.import_weights import import_weights, read_symbols
+from fairseq_sha.commands.import_weights import import_weights, read_symbols
 from tests.conftest import golden_cases
 from tests.models import golden
 from tests.test_commands import REPOSITORY, RunsCode, in_process
@@ -171,7 +171,7 @@ def test_command_and_finetuning(make, tmp_path):
     imported = make("sha_rnn", "single_head")
     options = ["--weights", imported.weights, "--symbols", imported.symbols]
     options += ["--data-bin", imported.data, "--save", imported.save, "--set", "window=14"]
-    argv = [sys.executable, "-m", "fairseq_sha.import_weights", "sha_rnn", *options]
+    argv = [sys.executable, "-m", "fairseq_sha.commands.import_weights", "sha_rnn", *options]
     done = subprocess.run(
         [str(word) for word in argv], cwd=REPOSITORY, capture_output=True, text=True
     )

@@ -135,7 +135,7 @@ def test_generate_refuses(path, options, message):
 
 
 def test_generate_goes_on_from_any_bytes_of_standard_input(path):
-    argv = [sys.executable, "-m", "fairseq_sha.generate", "--path", path, "--cpu"]
+    argv = [sys.executable, "-m", "fairseq_sha.commands.generate", "--path", path, "--cpu"]
     done = subprocess.run(
         [*argv, "--prompt-file", "-", "--length", "20"],
         cwd=REPOSITORY,

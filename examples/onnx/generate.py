@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 
 parser = argparse.ArgumentParser()
-parser.add_argument("model", help="of fairseq_sha.export, --length 1")
+parser.add_argument("model", help="of fairseq_sha.commands.export, --length 1")
 parser.add_argument("prompt")
 parser.add_argument("--length", type=int, default=300)
 parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest byte always")

@@ -1,58 +1,62 @@
-"""What the commands that use a trained model have in common."""
+"""``fairseq-sha COMMAND``, also ``python -m fairseq_sha COMMAND``: what users type.
+
+Each command is a module of this folder with a docstring, which is its help, and two functions:
+``add_arguments(parser)`` and ``run(args)``, which may return an exit status. Importing the module
+must be fast, so that ``--help`` answers at once: torch and fairseq are imported by ``run``.
+"""
 
 import argparse
-import logging
+import importlib
 import os
+import sys
 
-from fairseq_sha.errors import UserError
-from fairseq_sha.trained_model import TrainedModel
+from fairseq_sha.errors import UserError, wants_traceback
 
-
-def model_parser(command, description):
-    """A parser of a command's arguments that has the options that name the model."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m fairseq_sha.{command}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the trained model")
-    parser.add_argument(
-        "--data-bin",
-        metavar="DIR",
-        help="data folder that it was trained with, if the checkpoint does not hold its symbols",
-    )
-    parser.add_argument("--cpu", action="store_true", help="use no GPU")
-    return parser
+#: The module of each command, and a line of help.
+COMMANDS = {
+    "generate": "continue a prompt",
+    "score": "the cost of each token of a text",
+    "evaluate": "the score of a split of a data folder",
+    "compress": "pack files",
+    "decompress": "unpack them",
+    "export": "write a model as ONNX",
+    "import-weights": "make a checkpoint from published weights",
+    "compare": "train and evaluate models under one budget",
+}
 
 
-def load(args):
-    """The model that the options of :func:`model_parser` name."""
-    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq makes all packages talkative
-    return TrainedModel.load(args.path, args.data_bin, args.cpu)
-
-
-def check_new(paths):
-    """Refuse to write over files, or where nothing can be written."""
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path}: exists already; move it away")
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: its folder is missing or cannot be written to")
-
-
-def write(path, content):
-    """Write a file at once: under another name until it is whole.
-
-    Args:
-        path (Path): what to write
-        content (bytes or str)
-    """
-    unfinished = path.with_name(path.name + ".unfinished")
+def main(argv=None):
+    """Run a command; returns the exit status. An error that the user can fix is one line."""
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        with open(unfinished, "wb") as file:
-            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has seen enough, as in `| head`. Python flushes standard output once more at
+        # exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as a shell reports SIGPIPE
+    except (UserError, OSError) as error:
+        if wants_traceback() or not (isinstance(error, UserError) or error.filename is not None):
+            raise
+        message = error if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+
+
+def parse(argv):
+    """The options of the command that is named first; only its module is imported."""
+    parser = argparse.ArgumentParser(prog="fairseq-sha", description=__doc__.partition("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    named = next((word for word in argv if not word.startswith("-")), None)
+    for name, line in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == named:
+            module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser.parse_args(argv)

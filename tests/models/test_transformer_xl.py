@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.import_weights import FAMILIES
+from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.models.transformer_xl import (
     TransformerXLConfig,
     TransformerXLDecoder,

@@ -1,6 +1,6 @@
 """Make a fairseq checkpoint of weights that a model's reference implementation was trained with.
 
-    python -m fairseq_sha.import_weights FAMILY --weights FILE --symbols FILE --data-bin DIR \\
+    fairseq-sha import_weights FAMILY --weights FILE --symbols FILE --data-bin DIR \\
         --save checkpoint.pt [--set name=value]...
 
 FILE of --weights is a state dict under the reference's names, saved by torch. FILE of --symbols
@@ -548,7 +548,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=()):
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m fairseq_sha.import_weights",
+        prog="fairseq-sha import_weights",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Export a trained model to ONNX, for programs without torch.
 
-    python -m fairseq_sha.export --path checkpoint.pt --save model.onnx [--length 1] [--int8]
+    fairseq-sha export --path checkpoint.pt --save model.onnx [--length 1] [--int8]
 
 The graph takes ``tokens``, int64 ``[length, streams]``, and the state that the text before left,
 and gives ``logits``, float32 ``[length, streams, symbols]``, and for each NAME of the state
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from fairseq_sha.checks import torch_is_at_least
-from fairseq_sha.commands import check_new, load, model_parser
+from fairseq_sha.commands.common import check_new, load, model_parser
 from fairseq_sha.errors import UserError
 
 

@@ -1,6 +1,6 @@
 """What each byte of a text costs a trained model, in bits, given all bytes before it.
 
-    python -m fairseq_sha.score --path checkpoint.pt FILE [--per-line] [--html PICTURE.html]
+    fairseq-sha score --path checkpoint.pt FILE [--per-line] [--html PICTURE.html]
 
 FILE may be - for standard input. Prints bits per byte of the whole, and of each kind of byte:
 letters that begin a word, the other letters, digits, markup of XML and wiki, white space, other
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq_sha.commands import check_new, load, model_parser, write
+from fairseq_sha.commands.common import check_new, load, model_parser, write
 
 # A byte is of the first kind that matches; bytes beyond ASCII are letters.
 MARKUP = rb"<[^<>\n]*>|&(?:[a-z]+|#\d+);|\[+|\]+|\{+|\}+|\|+|'{2,}|={2,}|^[*#:;]+"

@@ -1,6 +1,6 @@
 """Let a trained model go on from a prompt.
 
-    python -m fairseq_sha.generate --path checkpoint.pt --prompt "The history of" --length 300
+    fairseq-sha generate --path checkpoint.pt --prompt "The history of" --length 300
 
 Writes the prompt and what follows it, any bytes, and a newline to standard output. A newline ends
 no text, and symbols that stand for no byte are never chosen.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fairseq_sha.commands import load, model_parser
+from fairseq_sha.commands.common import load, model_parser
 from fairseq_sha.errors import UserError
 
 

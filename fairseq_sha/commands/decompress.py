@@ -1,6 +1,6 @@
-"""Bring back files that fairseq_sha.compress packed.
+"""Bring back files that fairseq_sha.commands.compress packed.
 
-    python -m fairseq_sha.decompress --path checkpoint.pt FILE.shac...
+    fairseq-sha decompress --path checkpoint.pt FILE.shac...
 
 Writes each FILE without the suffix. What cannot be brought back bit for bit is not written.
 """
@@ -8,8 +8,8 @@ Writes each FILE without the suffix. What cannot be brought back bit for bit is 
 import sys
 from pathlib import Path
 
-from fairseq_sha.commands import check_new, load, model_parser, write
-from fairseq_sha.compress import SUFFIX, decompress, read_header
+from fairseq_sha.commands.common import check_new, load, model_parser, write
+from fairseq_sha.commands.compress import SUFFIX, decompress, read_header
 from fairseq_sha.errors import UserError
 
 

@@ -1,8 +1,8 @@
 """Compress files with a trained model and arithmetic coding.
 
-    python -m fairseq_sha.compress --path checkpoint.pt FILE...
+    fairseq-sha compress --path checkpoint.pt FILE...
 
-Writes FILE.shac for each. python -m fairseq_sha.decompress brings the files back, bit for bit, with
+Writes FILE.shac for each. fairseq-sha decompress brings the files back, bit for bit, with
 the same checkpoint, on the same machine with the same installation, and --cpu or not, as before:
 the last digit of a probability decides, and that is not the same everywhere. A file is cut into
 streams that are read side by side. More of them are faster and compress worse: each begins without
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fairseq_sha.commands import check_new, load, model_parser, write
+from fairseq_sha.commands.common import check_new, load, model_parser, write
 from fairseq_sha.errors import UserError
 from fairseq_sha.trained_model import threads as use_threads
 
@@ -98,7 +98,7 @@ def read_header(model, packed):
     """
     start = len(MAGIC) + HEADER.size
     if packed[: len(MAGIC)] != MAGIC:
-        raise UserError("not a file that fairseq_sha.compress wrote, or one of another version")
+        raise UserError("not a file that fairseq_sha.commands.compress wrote, or one of another version")
     (checksum,) = CHECKSUM.unpack(packed[-CHECKSUM.size :])
     if len(packed) < start + CHECKSUM.size or zlib.crc32(packed[: -CHECKSUM.size]) != checksum:
         raise UserError("damaged or cut off; copy it anew")
