@@ -1,4 +1,4 @@
-"""Cross-entropy and whatever else a model's training must keep small."""
+"""Cross-entropy, and whatever else the training of a model minimises."""
 
 import math
 
@@ -10,20 +10,22 @@ from fairseq.logging import metrics
 
 @register_criterion("cross_entropy_with_auxiliary_losses", dataclass=CrossEntropyCriterionConfig)
 class CrossEntropyWithAuxiliaryLosses(CrossEntropyCriterion):
-    """fairseq's cross_entropy plus the ``auxiliary_losses`` that the model's output holds beside
-    the logits (:meth:`~fairseq_sha.models.segment_decoder.SegmentDecoder.extra`).
+    """The losses of a model's head plus its auxiliary losses
+    (:meth:`~fairseq_sha.models.segment_decoder.SegmentDecoder.auxiliary_losses`).
 
-    Those are given in training only and in nats per prediction. Each is logged by its name in bits,
-    as all losses are, and each of the model's ``statistics`` as it is. ``nll_loss`` is the
-    cross-entropy alone; in evaluation ``loss`` is the same.
+    The head computes the losses of the targets, so that no logits of the whole vocabulary are made
+    if it can do without them. Auxiliary losses exist in training only and are in nats per target.
+    Each is logged under its name in bits, as all losses are; the model's statistics are logged as
+    they are. ``nll_loss`` is the cross-entropy alone; in evaluation ``loss`` is the same.
     """
 
     def forward(self, model, sample, reduce=True):
-        net_output = model(**sample["net_input"])
-        loss, _ = self.compute_loss(model, net_output, sample, reduce=reduce)
-        ntokens, nsentences = sample["ntokens"], sample["target"].size(0)
+        targets = sample["target"]
+        losses, extra = model(**sample["net_input"], targets=targets)
+        losses = losses.masked_fill(targets == self.padding_idx, 0.0)
+        loss = losses.sum() if reduce else losses.flatten()
+        ntokens, nsentences = sample["ntokens"], targets.size(0)
         sample_size = nsentences if self.sentence_avg else ntokens
-        extra = net_output[1] if isinstance(net_output[1], dict) else {}
         logging_output = {"nll_loss": loss.data}
         for name, value in extra.get("auxiliary_losses", {}).items():
             loss = loss + value * ntokens
@@ -37,7 +39,8 @@ class CrossEntropyWithAuxiliaryLosses(CrossEntropyCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs):
-        """Log means over tokens, but of ``loss`` over what the gradient is divided by."""
+        """Log the mean per token of everything except ``loss``, which is divided by what the
+        gradient is divided by."""
         totals = {}
         for output in logging_outputs:
             for name, value in output.items():

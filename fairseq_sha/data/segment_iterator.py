@@ -51,7 +51,11 @@ class SegmentIterator(EpochBatchIterator):
         #: What a restored checkpoint says of the run beside its position, until the task took it.
         self.restored = None
         self.max_carried_bytes = max_carried_bytes
-        self.training_workers = dataset.num_streams // dataset.batch_size
+
+    @property
+    def training_workers(self):
+        """How many workers share the streams."""
+        return self.dataset.num_streams // self.dataset.batch_size
 
     @property
     def first_batch(self):

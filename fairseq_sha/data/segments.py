@@ -1,8 +1,10 @@
-"""A corpus cut into segments of parallel streams, each prediction in exactly one of them.
+"""A corpus cut into batches, with each prediction in exactly one of them.
 
-A corpus of ``N`` tokens holds ``N - 1`` predictions: each token but the first, given what came
-before. ``S`` streams own contiguous runs of them, and all streams are read side by side, one
-segment after the other, by models that keep their state in between.
+A corpus of ``N`` tokens holds ``N - 1`` predictions: each token except the first, given the tokens
+before it. :class:`SegmentDataset` is for models that carry state: ``S`` streams own contiguous runs
+of predictions, and all streams are read side by side, one segment after the other.
+:class:`WindowDataset` is for the evaluation of models that carry none: it gives each prediction a
+context again.
 """
 
 from typing import NamedTuple
@@ -63,12 +65,84 @@ def segment_lengths(total, tokens_per_sample, rng=None):
     return np.diff(ends, prepend=0)
 
 
-class SegmentDataset(FairseqDataset):
-    """The segments of one epoch, as one worker reads them: item ``i`` is the whole batch ``i``.
+class _Batches(FairseqDataset):
+    """Item ``i`` is the whole batch ``i``. A subclass says in ``rows`` which predictions are in it.
 
     Args:
         corpus (Corpus): the split
-        split (str): its name, the first part of the segments' identity
+        pad (int): token id that fills up rows; such targets are not scored
+        codec (~fairseq_sha.data.codecs.Codec): says how many bytes, and words if it knows words,
+            the targets of a batch stand for; None to leave that out
+        filler (int): token id that fills up inputs; None for ``pad``
+        num_targets (int): how many tokens ahead each position predicts
+    """
+
+    def __init__(self, corpus, pad, codec=None, filler=None, num_targets=1):
+        super().__init__()
+        self.corpus = corpus
+        self.pad = pad
+        self.filler = pad if filler is None else filler
+        self.num_targets = num_targets
+        self.worth = {}  # what to count of a batch's targets -> how much each token id adds
+        if codec is not None:
+            self.worth["nbytes"] = codec.bytes_per_token()
+            if codec.counts_words:
+                self.worth["nwords"] = codec.is_word().astype(np.int64)
+
+    def rows(self, index):
+        """What each row of a batch holds: a list of ``(first, context, count)``. The row's targets
+        are predictions ``first`` to ``first + count``; ``context`` positions come before them."""
+        raise NotImplementedError
+
+    def length(self, index):
+        """Positions of each row."""
+        raise NotImplementedError
+
+    def __getitem__(self, index):
+        """Batch ``index`` of ``T`` positions: ``src_tokens`` and ``target``, ``[B, T]``. Also how
+        many targets there are (``ntokens``), and how many bytes and words they are."""
+        rows, length = self.rows(index), self.length(index)
+        inputs = np.full((len(rows), length), self.filler, dtype=np.int64)
+        targets = np.full((self.num_targets, *inputs.shape), self.pad, dtype=np.int64)
+        for row, (first, context, count) in enumerate(rows):
+            if count == 0:
+                continue
+            # Prediction i reads token i and has token i + 1 as its target.
+            tokens = self.corpus.tokens[first - context : first + count + self.num_targets]
+            inputs[row, : context + count] = tokens[: context + count]
+            for k in range(self.num_targets):
+                ahead = tokens[context + 1 + k : context + 1 + k + count]
+                targets[k, row, context : context + len(ahead)] = ahead
+        worth = {key: int(table[targets[0]].sum()) for key, table in self.worth.items()}
+        targets = torch.from_numpy(targets)
+        net_input = {
+            "src_tokens": torch.from_numpy(inputs),
+            "src_lengths": torch.full((len(rows),), length),
+        }
+        if self.num_targets > 1:
+            net_input["further_targets"] = targets[1:]
+        return {
+            "id": index * len(rows) + torch.arange(len(rows)),
+            "nsentences": len(rows),
+            "ntokens": sum(count for _, _, count in rows),
+            **worth,
+            "net_input": net_input,
+            "target": targets[0],
+        }
+
+    def collater(self, samples):
+        """An item is a batch already."""
+        (batch,) = samples
+        return batch
+
+
+class SegmentDataset(_Batches):
+    """The segments of one epoch, as one worker reads them. Row ``s`` of all batches is a stream.
+
+    Args:
+        corpus (Corpus): the split
+        split (str): its name, the first part of the segments' identity; None for batches without
+            identity, for models that carry no state
         epoch (int): counted from one
         pad (int): token id that fills up the ends of shorter streams; such targets are not scored
         batch_size (int): streams of each worker
@@ -78,8 +152,7 @@ class SegmentDataset(FairseqDataset):
         num_shards (int): workers that share the corpus; there are ``batch_size * num_shards``
             streams in all
         shard (int): which of them this is
-        codec (~fairseq_sha.data.codecs.Codec): says how many bytes, and words if it knows words,
-            the targets of a batch stand for; None to leave that out
+        **kwargs: ``codec``, ``filler`` and ``num_targets``, see :class:`_Batches`
     """
 
     def __init__(
@@ -94,15 +167,11 @@ class SegmentDataset(FairseqDataset):
         seed=1,
         num_shards=1,
         shard=0,
-        codec=None,
-        filler=None,
+        **kwargs,
     ):
-        super().__init__()
-        self.corpus = corpus
+        super().__init__(corpus, pad, **kwargs)
         self.split = split
         self.epoch = epoch
-        self.pad = pad
-        self.filler = filler
         self.batch_size = batch_size
         self.tokens_per_sample = tokens_per_sample
         self.random_lengths = random_lengths
@@ -115,11 +184,6 @@ class SegmentDataset(FairseqDataset):
         self.offsets = np.append(0, lengths.cumsum())
         self.first_stream = shard * batch_size
         self.bounds = bounds[self.first_stream : self.first_stream + batch_size + 1]
-        self.worth = {}  # what to count of a batch's targets -> how much each token id adds
-        if codec is not None:
-            self.worth["nbytes"] = codec.bytes_per_token()
-            if codec.counts_words:
-                self.worth["nwords"] = codec.is_word().astype(np.int64)
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -134,39 +198,65 @@ class SegmentDataset(FairseqDataset):
             "seed": self.seed if self.random_lengths else None,
         }
 
-    def __getitem__(self, index):
-        """Segment ``index`` of ``T`` tokens: ``src_tokens`` and ``target``, ``[batch_size, T]``.
-        Also how many targets there are (``ntokens``), and how many bytes and words they are."""
-        start, end = self.offsets[index], self.offsets[index + 1]
-        window = np.full((self.batch_size, end - start + 1), self.pad, dtype=np.int64)
-        num_targets = 0
-        for row, (first, stop) in enumerate(zip(self.bounds[:-1] + start, self.bounds[1:])):
-            # Prediction i reads token i and has token i + 1 as its target.
-            count = min(end - start, stop - first)
-            if count > 0:
-                window[row, : count + 1] = self.corpus.tokens[first : first + count + 1]
-                num_targets += int(count)
-        worth = {key: int(table[window[:, 1:]].sum()) for key, table in self.worth.items()}
-        window = torch.from_numpy(window)
-        streams = torch.arange(self.first_stream, self.first_stream + self.batch_size)
-        inputs = window[:, :-1].contiguous()
-        identity = {"segment": str(SegmentId(self.split, self.epoch, int(index)))}
-        if self.filler is not None:
-            inputs, identity = inputs.masked_fill(inputs == self.pad, self.filler), {}
-        return {
-            "id": index * self.num_streams + streams,
-            "nsentences": self.batch_size,
-            "ntokens": num_targets,
-            **worth,
-            "net_input": {
-                "src_tokens": inputs,
-                "src_lengths": torch.full((self.batch_size,), int(end - start)),
-                **identity,
-            },
-            "target": window[:, 1:].contiguous(),
-        }
+    def length(self, index):
+        return int(self.offsets[index + 1] - self.offsets[index])
 
-    def collater(self, samples):
-        """An item is a batch already."""
-        (batch,) = samples
+    def rows(self, index):
+        length = self.length(index)
+        firsts = self.bounds[:-1] + self.offsets[index]
+        counts = (self.bounds[1:] - firsts).clip(0, length)
+        return [(int(first), 0, int(count)) for first, count in zip(firsts, counts)]
+
+    def __getitem__(self, index):
+        batch = super().__getitem__(index)
+        batch["id"] = index * self.num_streams + self.first_stream + torch.arange(self.batch_size)
+        if self.split is not None:
+            segment = SegmentId(self.split, self.epoch, int(index))
+            batch["net_input"]["segment"] = str(segment)
+        return batch
+
+
+class WindowDataset(_Batches):
+    """A sliding window over a split: each row reads ``context`` tokens again and predicts the next
+    ``stride``. Only at the very beginning of the split is the context shorter.
+
+    Args:
+        corpus (Corpus): the split
+        pad (int): token id of targets that are not scored
+        batch_size (int): windows of a batch
+        context (int): tokens that each prediction sees at least, besides the one that it reads
+        stride (int): predictions of each window
+        num_shards (int): workers that share the windows
+        shard (int): which of them this is
+        **kwargs: ``codec`` and ``filler``, see :class:`_Batches`
+    """
+
+    epoch = 1
+
+    def __init__(self, corpus, pad, batch_size, context, stride, num_shards=1, shard=0, **kwargs):
+        super().__init__(corpus, pad, **kwargs)
+        self.batch_size = batch_size
+        self.context = context
+        self.stride = stride
+        self.num_shards = num_shards
+        self.shard = shard
+
+    def __len__(self):
+        windows = -(-len(self.corpus) // self.stride)
+        return -(-windows // (self.batch_size * self.num_shards))
+
+    def length(self, index):
+        return self.context + self.stride
+
+    def rows(self, index):
+        window = (index * self.num_shards + self.shard) * self.batch_size
+        firsts = (window + np.arange(self.batch_size)) * self.stride
+        counts = (len(self.corpus) - firsts).clip(0, self.stride)
+        contexts = np.minimum(firsts, self.context)
+        return [tuple(map(int, row)) for row in zip(firsts, contexts, counts)]
+
+    def __getitem__(self, index):
+        batch = super().__getitem__(index)
+        # Where fairseq's scorer finds each row's first target.
+        batch["start_indices"] = [context for _, context, _ in self.rows(index)]
         return batch

@@ -3,10 +3,10 @@ arXiv 1905.07799."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Tuple
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import register_model
 from torch import nn
 
 from fairseq_sha.checks import (
@@ -15,7 +15,8 @@ from fairseq_sha.checks import (
     require_heads_that_divide,
 )
 from fairseq_sha.errors import UserError
-from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
+from fairseq_sha.models.family import Size, Tiny, register_family
+from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import dropout, masked_softmax, next_memory, skew
 
@@ -54,7 +55,9 @@ class AdaptiveSpanConfig(FairseqDataclass):
     )
     adapt_span_init: float = field(
         default=0.0,
-        metadata={"help": "initial span as a part of attn-span, 0 to 1 (default: published)"},
+        metadata={
+            "help": "initial span as a share of attn-span, 0 to 1 (default: published script)"
+        },
     )
     dropout: float = field(
         default=0.3,
@@ -65,9 +68,19 @@ class AdaptiveSpanConfig(FairseqDataclass):
     )
 
 
+@dataclass(frozen=True)
+class AdaptiveSpanContext(Context):
+    """What all layers share."""
+
+    #: Embeddings of the ``L = attn_span`` positions before a query, ``[d, L]``.
+    key_positions: torch.Tensor = None
+    #: For each layer, how many of the oldest keys no head reaches.
+    trimmed: Tuple[int, ...] = ()
+
+
 class AdaptiveAttention(nn.Module):
-    """Each position attends to those before it, not to itself; how far is learned for each head
-    (section 2.2)."""
+    """Each position attends to the positions before it, not to itself. Each head learns how far
+    it attends (section 2.2)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -79,23 +92,25 @@ class AdaptiveAttention(nn.Module):
         self.key = nn.Linear(cfg.width, cfg.width, bias=False)
         self.value = nn.Linear(cfg.width, cfg.width, bias=False)
         self.output = nn.Linear(cfg.width, cfg.width, bias=False)
-        # z of the paper, as a part of attn_span.
+        # z of the paper, as a share of attn_span.
         self.span = nn.Parameter(torch.full((cfg.n_head,), float(cfg.adapt_span_init)))
 
-    def forward(self, h, cache, key_positions, trimmed):
+    def forward(self, h, cache, key_positions, trimmed, training):
         """
         Args:
             h (Tensor): ``[T, B, H]``
-            cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``; the oldest,
-                which no head reaches, may be missing
+            cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``; the oldest
+                ones, which no head reaches, may be missing
             key_positions (Tensor): embeddings of the L positions before a query, ``[d, L]``
             trimmed (int): how many of the oldest keys no head reaches, see :meth:`trim`
+            training (bool): whether to apply dropout
 
         Returns:
             Tensor ``[T, B, H]``
         """
         reached = cache[cache.size(0) - (self.attn_span - trimmed) :]
-        # Apart, so that no gradient is computed for the cache. The last token is nobody's key.
+        # Projected apart from the segment, the cache costs no gradient. No query of this segment
+        # attends to the last token.
         k, v = (
             torch.cat([project(reached), project(h[:-1])]) for project in (self.key, self.value)
         )
@@ -108,12 +123,12 @@ class AdaptiveAttention(nn.Module):
         scores = torch.baddbmm(skew(from_positions, float("-inf")), q, k.transpose(1, 2))
         mask = skew(self.mask(trimmed).unsqueeze(1).expand(-1, len(h), -1), 0.0)
         weights = masked_softmax(scores.unflatten(0, (-1, self.n_head)), mask).flatten(0, 1)
-        mix = torch.bmm(dropout(weights, self.p, self.training), v)
+        mix = torch.bmm(dropout(weights, self.p, training), v)
         return self.output(mix.transpose(0, 1).reshape(h.shape))
 
     def trim(self, longest):
-        """How many of the oldest keys no head reaches, given the longest of the heads' spans, as a
-        part of attn_span."""
+        """How many of the oldest keys no head reaches, given the longest of the heads' spans as a
+        share of attn_span."""
         reached = math.ceil(longest * self.attn_span) + self.ramp
         unreached = self.attn_span - min(self.attn_span, reached)
         multiples = min(self.attn_span - 1, unreached) // TRIM_TO_MULTIPLES_OF
@@ -129,26 +144,29 @@ class AdaptiveAttention(nn.Module):
 
 
 class AdaptiveSpanLayer(nn.Module):
-    """Attention over what came before, and a feed-forward layer, each followed by its norm."""
+    """Attention over the positions before, and a feed-forward layer, each followed by its norm."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, index):
         super().__init__()
+        self.index = index
         self.attn_span = cfg.attn_span
         self.attention = AdaptiveAttention(cfg)
         self.norm_attention = nn.LayerNorm(cfg.width)
         self.feed_forward = FeedForward(cfg.width, cfg.d_inner, cfg.dropout)
         self.norm_feed_forward = nn.LayerNorm(cfg.width)
 
-    def forward(self, h, state, key_positions, trimmed):
-        """``h [T, B, H]`` and state to the same; the state holds ``cache``, the last inputs of
-        this layer, ``[attn_span, B, H]``, or in evaluation as many as some head reaches."""
+    def forward(self, h, state, context):
+        """``h [T, B, H]`` and state to the same. The state holds ``cache``, the last inputs of
+        this layer, ``[attn_span, B, H]``; in evaluation only those that some head reaches."""
+        trimmed, training = context.trimmed[self.index], context.training
         # In training a span may grow, and reach further the next time.
-        rows = self.attn_span - (0 if self.training else trimmed)
-        # Before the first token there are zeros, which are attended to like any other.
+        rows = self.attn_span - (0 if training else trimmed)
+        # Before the first token there are zeros, which are attended to like any other row.
         cache = state["cache"] if state else h.new_zeros(rows, *h.shape[1:])
-        left = next_memory(cache, h, rows)
-        h = self.norm_attention(h + self.attention(h, cache, key_positions, trimmed))
-        return self.norm_feed_forward(h + self.feed_forward(h, self.training)), {"cache": left}
+        new_cache = next_memory(cache, h, rows)
+        attended = self.attention(h, cache, context.key_positions, trimmed, training)
+        h = self.norm_attention(h + attended)
+        return self.norm_feed_forward(h + self.feed_forward(h, training)), {"cache": new_cache}
 
 
 class AdaptiveSpanDecoder(SegmentDecoder):
@@ -156,7 +174,7 @@ class AdaptiveSpanDecoder(SegmentDecoder):
 
     def __init__(self, cfg, dictionary):
         check(cfg)
-        layers = [AdaptiveSpanLayer(cfg) for _ in range(cfg.num_layers)]
+        layers = [AdaptiveSpanLayer(cfg, i) for i in range(cfg.num_layers)]
         super().__init__(dictionary, layers, cfg.width, tied=False)
         self.span_loss = cfg.adapt_span_loss
         self.has_auxiliary_losses = cfg.adapt_span_loss > 0
@@ -164,31 +182,36 @@ class AdaptiveSpanDecoder(SegmentDecoder):
         self.trimmed_when_exported = None
         self.key_positions = nn.Parameter(torch.randn(cfg.width // cfg.n_head, cfg.attn_span))
 
-    def inputs_of_layers(self, h, state):
-        return [(self.key_positions, n) for n in self.trimmed_when_exported or self.trimmed()]
+    def prepare(self, h, state, context):
+        trimmed = self.trimmed_when_exported or self.trimmed()
+        return AdaptiveSpanContext(
+            **vars(context), key_positions=self.key_positions, trimmed=tuple(trimmed)
+        )
 
     def trimmed(self):
-        """How many of the oldest keys no head of each layer reaches: a list of int."""
-        # All layers' at once: each reading makes the CPU wait for the GPU.
+        """For each layer, how many of the oldest keys no head reaches: a list of int."""
+        # All layers at once, since each reading makes the CPU wait for the GPU.
         longest = self.spans().detach().amax(1).tolist()
         return [layer.attention.trim(span) for layer, span in zip(self.layers, longest)]
 
     def prepare_for_onnx_export_(self):
-        """fairseq's hook: what is exported must not look at the values of tensors."""
+        """fairseq's hook. An exported graph cannot depend on the values of tensors."""
         super().prepare_for_onnx_export_()
         self.trimmed_when_exported = self.trimmed()
 
     def spans(self):
-        """The span of each layer's heads, as parts of attn_span: ``[layers, heads]``."""
+        """The span of each layer's heads as a share of attn_span: ``[layers, heads]``."""
         return torch.stack([layer.attention.span for layer in self.layers])
 
-    def extra(self):
-        """The loss that keeps spans short (section 2.2), and their lengths in tokens."""
+    def auxiliary_losses(self, done, targets, further_targets=None):
+        """The loss that keeps spans short (section 2.2)."""
         spans = self.spans().float() * self.attn_span
-        return {
-            "auxiliary_losses": {"span_loss": self.span_loss * spans.mean(1).sum()},
-            "statistics": {"span_mean": spans.detach().mean(), "span_max": spans.detach().max()},
-        }
+        return {"span_loss": self.span_loss * spans.mean(1).sum()}
+
+    def statistics(self):
+        """The mean and the longest span, in tokens."""
+        spans = self.spans().detach().float() * self.attn_span
+        return {"span_mean": spans.mean(), "span_max": spans.max()}
 
     def bounded_parameters(self):
         return [(layer.attention.span, 0.0, 1.0) for layer in self.layers]
@@ -205,83 +228,50 @@ def check(cfg):
     require_dropouts(cfg, "dropout")
 
 
-@register_model("adaptive_span", dataclass=AdaptiveSpanConfig)
+ARCHITECTURES = {
+    # The paper's 12 layers, 39M parameters.
+    "adaptive_span_enwik8": {},
+    # The published script's small model.
+    "adaptive_span_enwik8_small": {
+        "width": Size(256, "published script"),
+        "num_layers": Size(8, "published script"),
+        "n_head": Size(4, "published script"),
+        "d_inner": Size(1024, "published script"),
+        "attn_span": Size(1024, "published script"),
+        "adapt_span_loss": Size(2e-6, "published script"),
+        "dropout": Size(0.0, "published script"),
+    },
+    # The paper's 24 layers, 209M parameters.
+    "adaptive_span_enwik8_large": {
+        "width": Size(768, "paper"),
+        "num_layers": Size(24, "paper"),
+        "d_inner": Size(4096, "paper"),
+        "dropout": Size(0.4, "paper"),
+    },
+}
+
+TINY = Tiny(
+    model={
+        "width": 16,
+        "num_layers": 2,
+        "n_head": 2,
+        "d_inner": 32,
+        "attn_span": 100,
+        "adapt_span_ramp": 8,
+        "adapt_span_init": 0.0,
+        "adapt_span_loss": 0.01,
+        "dropout": 0.1,
+    },
+    training="--optimizer clipped_adagrad --lr 0.07 --warmup-updates 5 "
+    "--criterion cross_entropy_with_auxiliary_losses",
+    variants={"": {"attn_span": 9}},
+)
+
+
+@register_family("adaptive_span", AdaptiveSpanConfig, ARCHITECTURES, TINY)
 class AdaptiveSpan(SegmentLanguageModel):
-    """The model family; the named architectures differ from it in their defaults only."""
+    """The model family."""
 
     @classmethod
     def build_model(cls, cfg, task):
         return cls(AdaptiveSpanDecoder(cfg, task.source_dictionary))
-
-
-@dataclass
-class AdaptiveSpanEnwik8Config(AdaptiveSpanConfig):
-    pass
-
-
-@register_model("adaptive_span_enwik8", dataclass=AdaptiveSpanEnwik8Config)
-class AdaptiveSpanEnwik8(AdaptiveSpan):
-    """The paper's 12 layers, 39M parameters."""
-
-
-@dataclass
-class AdaptiveSpanEnwik8SmallConfig(AdaptiveSpanConfig):
-    width: int = field(
-        default=256,
-        metadata={"help": "width H of embedding and layers (default: published script)"},
-    )
-    num_layers: int = field(
-        default=8, metadata={"help": "number of layers (default: published script)"}
-    )
-    n_head: int = field(
-        default=4, metadata={"help": "heads of each layer (default: published script)"}
-    )
-    d_inner: int = field(
-        default=1024,
-        metadata={"help": "inner width of feed-forward layers (default: published script)"},
-    )
-    attn_span: int = field(
-        default=1024,
-        metadata={"help": "longest possible span, in tokens (default: published script)"},
-    )
-    adapt_span_loss: float = field(
-        default=2e-6,
-        metadata={
-            "help": "weight of the mean span in tokens, of each layer, in the training loss in "
-            "nats (default: published script)"
-        },
-    )
-    dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "dropout of attention weights and inside feed-forward layers "
-            "(default: published script)"
-        },
-    )
-
-
-@register_model("adaptive_span_enwik8_small", dataclass=AdaptiveSpanEnwik8SmallConfig)
-class AdaptiveSpanEnwik8Small(AdaptiveSpan):
-    """The published script's small model."""
-
-
-@dataclass
-class AdaptiveSpanEnwik8LargeConfig(AdaptiveSpanConfig):
-    width: int = field(
-        default=768, metadata={"help": "width H of embedding and layers (default: paper)"}
-    )
-    num_layers: int = field(default=24, metadata={"help": "number of layers (default: paper)"})
-    d_inner: int = field(
-        default=4096, metadata={"help": "inner width of feed-forward layers (default: paper)"}
-    )
-    dropout: float = field(
-        default=0.4,
-        metadata={
-            "help": "dropout of attention weights and inside feed-forward layers (default: paper)"
-        },
-    )
-
-
-@register_model("adaptive_span_enwik8_large", dataclass=AdaptiveSpanEnwik8LargeConfig)
-class AdaptiveSpanEnwik8Large(AdaptiveSpan):
-    """The paper's 24 layers, 209M parameters."""

@@ -1,5 +1,6 @@
-"""What keeps the state between segments, and knows when it must not be used."""
+"""The state that is kept between segments, and the rules that say when it may be used."""
 
+import logging
 from typing import NamedTuple, Optional
 
 import torch
@@ -7,88 +8,107 @@ from torch import distributed
 
 from fairseq_sha.data.segments import SegmentId
 
+logger = logging.getLogger(__name__)
+
 
 class _Kept(NamedTuple):
     segment: SegmentId
-    before: Optional[list]
-    after: list
+    state: Optional[list]
 
 
 class CarriedState:
-    """The state between segments, kept by the identity of the segment that left it.
+    """The state between segments, kept under the identity of the segment that left it.
 
-    Each split keeps the state that its latest segment left and the one that it started from. A
-    segment starts from what its predecessor left; fed again (after an overflow or out of memory),
-    from where it started the first time, as does the first of the segments that make up an update;
-    any other starts from nothing. Training state survives evaluation; what evaluation left is
-    forgotten at the next segment of another split.
+    A segment starts from the state that its predecessor left. Any other segment starts from
+    nothing, with two exceptions:
+
+    * The first segment of an attempt at an update, fed again, starts from where it started the
+      first time. fairseq repeats an attempt when gradients overflow under automatic mixed
+      precision, and a batch of validation that ran out of memory.
+    * If a training segment never arrived, because fairseq skips a batch that runs out of memory,
+      the next one starts from the latest state there is, and the log says so.
+
+    Training state survives evaluation. The state of an evaluation is freed at the next segment of
+    any other split. At most two states are held for each: the one that the current attempt started
+    from and the latest.
     """
 
     def __init__(self):
-        self._kept = {}  # (split, whether it is trained on) -> _Kept
+        # Both by (split, whether it is trained on).
+        self._latest = {}  # what the latest segment left
+        self._attempt = {}  # the first segment of the current attempt, and what it started from
+        self._attempt_is_over = False
         self._update = None
-        self._update_goes_on = False
-        self._first_of_update = None  # _Kept: where all the update's segments can be fed again
-        self._gathered = None  # what training_state returns
-        #: Whether updates may be skipped because of numbers that half precision cannot hold.
+        self._update_is_repeated = False
+        self._gathered = None  # what training_state returns, with the streams of all workers
+        #: Whether updates may be skipped because gradients overflow in half precision.
         self.may_overflow = True
 
     def begin_update(self, number):
-        """Tell that the segments to come are for this update: a new one, or the same again."""
-        self._update_goes_on = number == self._update
-        if not self._update_goes_on:
-            self._update, self._first_of_update = number, None
-            # What was read for earlier updates is not fed again: a state less in memory.
-            self._kept = {
-                key: kept._replace(before=None) if key[1] else kept
-                for key, kept in self._kept.items()
-            }
+        """Say that the next segments belong to this update: a new one, or the same one again."""
+        self._update_is_repeated = number == self._update
+        if not self._update_is_repeated:
+            self._update = number
+            # Segments of earlier updates are not fed again: one state less in memory.
+            self._attempt = {key: kept for key, kept in self._attempt.items() if not key[1]}
+
+    def end_attempt(self):
+        """Say that all segments of an attempt at an update have been read. The next segment is the
+        first one of the same attempt, fed again, or begins another."""
+        self._attempt_is_over = True
 
     def before(self, segment, training):
-        """The state that a segment starts from, or None for a start from nothing.
+        """The state that a segment starts from, or None for nothing.
 
         Args:
-            segment (str): a :class:`~fairseq_sha.data.SegmentId`
+            segment (str): a :class:`~fairseq_sha.data.segments.SegmentId`
             training (bool): whether it is trained on, not evaluated
         """
         segment = SegmentId.parse(segment)
-        first = self._first_of_update
-        if training and first is not None and segment == first.segment:
-            return first.before
-        kept = self._kept.get((segment.split, training))
-        if kept is None or segment.index == 0:
+        key = segment.split, training
+        attempt, latest = self._attempt.get(key), self._latest.get(key)
+        if attempt is not None and segment == attempt.segment:
+            return attempt.state
+        if latest is None or segment.epoch != latest.segment.epoch:
             return None
-        if segment == kept.segment:
-            return kept.before
-        if segment == kept.segment._replace(index=kept.segment.index + 1):
-            # Fairseq goes on after an overflow under mixed precision, with the same update.
-            overflown = self.may_overflow and self._update_goes_on
-            return _reset_overflown(kept.after) if overflown else kept.after
-        return None
+        lost = segment.index - latest.segment.index - 1
+        if lost > 0 and training:
+            logger.warning(
+                "segments %d to %d of epoch %d were lost (fairseq skips a batch that runs out of "
+                "memory); going on from the state before them",
+                latest.segment.index + 1,
+                segment.index - 1,
+                segment.epoch,
+            )
+        elif lost != 0:
+            return None
+        # After an overflow, fairseq goes on with the next segment and the same update.
+        overflowed = training and self.may_overflow and self._update_is_repeated
+        return _reset_overflowed(latest.state) if overflowed else latest.state
 
     def keep(self, segment, training, before, after):
         """Keep, without gradient, the state that a segment started from and the one it left."""
         segment = SegmentId.parse(segment)
-        after = [{key: tensor.detach() for key, tensor in layer.items()} for layer in after]
-        self._kept = {
-            (split, trained): kept for (split, trained), kept in self._kept.items() if trained
-        }
-        self._kept[segment.split, training] = _Kept(segment, before, after)
+        key = segment.split, training
+        after = [{name: tensor.detach() for name, tensor in layer.items()} for layer in after]
+        self._latest = {k: kept for k, kept in self._latest.items() if k[1]}
+        self._attempt = {k: kept for k, kept in self._attempt.items() if k[1]}
+        self._latest[key] = _Kept(segment, after)
+        # Without updates, each segment is an attempt of its own.
+        begins = self._attempt_is_over or self._update is None or key not in self._attempt
+        if begins or not training:
+            self._attempt[key] = _Kept(segment, before)
         if training:
+            self._attempt_is_over = False
             self._gathered = None
-            if self._first_of_update is None:
-                self._first_of_update = self._kept[segment.split, training]
 
     def _trained(self):
-        for (_, training), kept in self._kept.items():
-            if training:
-                return kept
-        return None
+        return next((kept for (_, training), kept in self._latest.items() if training), None)
 
     def size(self):
         """Bytes of the training state of this worker's streams."""
         kept = self._trained()
-        tensors = [v for layer in kept.after for v in layer.values()] if kept else []
+        tensors = [v for layer in kept.state for v in layer.values()] if kept else []
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def gather(self):
@@ -99,7 +119,7 @@ class CarriedState:
             return
         collects = distributed.get_rank() == 0
         state = []
-        for layer in kept.after:
+        for layer in kept.state:
             state.append({})
             for key, tensor in layer.items():
                 parts = [torch.empty_like(tensor) for _ in range(workers)] if collects else None
@@ -115,7 +135,7 @@ class CarriedState:
         if kept is None or self._gathered is not None:
             return self._gathered
         # Saving a view would save the whole storage behind it.
-        state = [{k: v.to("cpu", copy=True) for k, v in layer.items()} for layer in kept.after]
+        state = [{k: v.to("cpu", copy=True) for k, v in layer.items()} for layer in kept.state]
         return {"segment": str(kept.segment), "state": state}
 
     def restore(self, saved, streams, device, dtype=None):
@@ -126,10 +146,11 @@ class CarriedState:
             {key: tensor[:, streams].to(device, dtype) for key, tensor in layer.items()}
             for layer in saved["state"]
         ]
-        self._kept[segment.split, True] = _Kept(segment, None, state)
+        self._latest[segment.split, True] = _Kept(segment, state)
+        self._attempt.pop((segment.split, True), None)
 
 
-def _reset_overflown(state):
+def _reset_overflowed(state):
     """The state with zeros for those streams in which a number is not finite."""
     tensors = [tensor for layer in state for tensor in layer.values()]
     if not tensors:

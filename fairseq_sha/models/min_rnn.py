@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.models import register_model
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
+from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward, MinGRU, MinLSTM, RMSNorm
 from fairseq_sha.ops import dropout
 
 CELLS = {"min_gru": MinGRU, "min_lstm": MinLSTM}
-STD = 0.02  # of the initial embedding, chosen here: it is the output too
+STD = 0.02  # of the initial embedding, which the output shares; chosen here
 
 
 @dataclass
@@ -39,8 +39,8 @@ class MinRNNConfig(FairseqDataclass):
     conv_width: int = field(
         default=4,
         metadata={
-            "help": "tokens that the causal convolution before the recurrence sees, itself "
-            "included; 0 for no convolution (default: paper, appendix)"
+            "help": "tokens that the causal convolution before the recurrence sees, including the "
+            "current one; 0 for no convolution (default: paper, appendix)"
         },
     )
     d_inner: int = field(
@@ -51,12 +51,14 @@ class MinRNNConfig(FairseqDataclass):
     )
     dropout: float = field(
         default=0.0,
-        metadata={"help": "dropout of embedded tokens and of what blocks add (default: none)"},
+        metadata={
+            "help": "dropout of embedded tokens and of the outputs of blocks (default: none)"
+        },
     )
 
 
 class CausalConvolution(nn.Module):
-    """A convolution over time of each unit by itself, of the last ``size`` tokens.
+    """A depthwise convolution over the last ``size`` tokens.
 
     Its state holds ``conv``: the inputs that the next segment's first outputs see,
     ``[size - 1, B, H]``, zeros at a start.
@@ -76,7 +78,7 @@ class CausalConvolution(nn.Module):
 
 
 class MinRNNBlock(nn.Module):
-    """Convolution and recurrence, then a feed-forward layer, each after a norm and added."""
+    """Convolution and recurrence, then a feed-forward layer, each pre-normalised and residual."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -89,15 +91,16 @@ class MinRNNBlock(nn.Module):
         self.norm_feed_forward = RMSNorm(cfg.width)
         self.feed_forward = FeedForward(cfg.width, cfg.d_inner, 0.0, F.gelu)
 
-    def forward(self, h, state):
-        """``h [T, B, H]`` and state, the cell's and the convolution's, to the same."""
-        x, left = self.norm(h), {}
+    def forward(self, h, state, context):
+        """``h [T, B, H]`` and state to the same. The state holds the cell's state and the
+        convolution's."""
+        x, conv_state = self.norm(h), {}
         if self.convolution is not None:
-            x, left = self.convolution(x, state)
-        x, of_cell = self.cell(x, state)
-        h = h + dropout(x, self.p, self.training)
-        wide = self.feed_forward(self.norm_feed_forward(h), self.training)
-        return h + dropout(wide, self.p, self.training), {**left, **of_cell}
+            x, conv_state = self.convolution(x, state)
+        x, cell_state = self.cell(x, state)
+        h = h + dropout(x, self.p, context.training)
+        wide = self.feed_forward(self.norm_feed_forward(h), context.training)
+        return h + dropout(wide, self.p, context.training), {**conv_state, **cell_state}
 
 
 class MinRNNDecoder(SegmentDecoder):
@@ -124,32 +127,23 @@ def check(cfg):
     require_dropouts(cfg, "dropout")
 
 
-@register_model("min_rnn", dataclass=MinRNNConfig)
+ARCHITECTURES = {
+    # About the size of SHA-RNN on enwik8. The paper has no such models.
+    "min_gru_enwik8": {},
+    "min_lstm_enwik8": {"cell": Size("min_lstm", "by name")},
+}
+
+TINY = Tiny(
+    model={"width": 16, "num_layers": 2, "cell": "min_lstm", "d_inner": 32, "dropout": 0.1},
+    training="--optimizer adam --lr 0.03 --lr-scheduler cosine --clip-norm 1.0",
+    variants={cell: {"cell": cell} for cell in CELLS},
+)
+
+
+@register_family("min_rnn", MinRNNConfig, ARCHITECTURES, TINY)
 class MinRNN(SegmentLanguageModel):
-    """The model family; the named architectures differ from it in their defaults only."""
+    """The model family."""
 
     @classmethod
     def build_model(cls, cfg, task):
         return cls(MinRNNDecoder(cfg, task.source_dictionary))
-
-
-@dataclass
-class MinGRUEnwik8Config(MinRNNConfig):
-    pass
-
-
-@register_model("min_gru_enwik8", dataclass=MinGRUEnwik8Config)
-class MinGRUEnwik8(MinRNN):
-    """minGRU at about the size of SHA-RNN on enwik8; the paper has no such model."""
-
-
-@dataclass
-class MinLSTMEnwik8Config(MinRNNConfig):
-    cell: ChoiceEnum(list(CELLS)) = field(
-        default="min_lstm", metadata={"help": "min_gru or min_lstm (default: by name)"}
-    )
-
-
-@register_model("min_lstm_enwik8", dataclass=MinLSTMEnwik8Config)
-class MinLSTMEnwik8(MinRNN):
-    """minLSTM at about the size of SHA-RNN on enwik8; the paper has no such model."""

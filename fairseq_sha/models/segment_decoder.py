@@ -1,11 +1,13 @@
-"""What all models here have in common: a decoder that reads a segment of parallel streams, starting
-from the state that the previous segment left, and leaves a state for the next.
+"""What all model families share: a decoder reads a segment of parallel streams, starting from the
+state that the previous segment left, and leaves a state for the next one.
 
-The state is a list with one dict of tensors per layer, streams on dimension 1; ``None`` instead of
-the list is a start, from nothing.
+The state is a list with one dict of tensors per layer, streams on dimension 1. ``None`` instead of
+the list means a start from nothing.
 """
 
 import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
@@ -16,25 +18,60 @@ import fairseq_sha
 from fairseq_sha import compatibility
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.carried_state import CarriedState
+from fairseq_sha.models.heads import SoftmaxHead
 from fairseq_sha.ops import dropout
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a layer is told besides its input and its state. A family whose layers need more
+    extends it in :meth:`SegmentDecoder.prepare`."""
+
+    #: Whether the pass is for training: whether to apply dropout and to add auxiliary losses.
+    training: bool = False
+    #: Updates made so far.
+    num_updates: int = 0
+    #: Updates that the whole run will make; 0 if unknown.
+    total_updates: int = 0
+
+    @property
+    def progress(self):
+        """The share of training that is done, from 0 to 1; 0 if the run's length is unknown."""
+        return min(1.0, self.num_updates / self.total_updates) if self.total_updates else 0.0
+
+
+class Pass(NamedTuple):
+    """What reading a segment gave."""
+
+    features: torch.Tensor  # [T, B, H], after the last norm and dropout
+    state: list
+    hidden: list  # the output of each layer, [T, B, H]
+    context: Context
+
+
 class SegmentDecoder(FairseqIncrementalDecoder):
-    """Embeds tokens, runs the layers, and projects to the vocabulary.
+    """Embeds tokens, runs the layers, and predicts the next token.
 
     Args:
         dictionary (~fairseq.data.Dictionary): the vocabulary, of size ``V``
-        layers (list of nn.Module): each takes ``h [T, B, H]`` and its state, a dict that is empty
-            at a start (and what :meth:`inputs_of_layers` gives), and returns the new ``h`` and the
-            state that it leaves
+        layers (list of nn.Module): each takes ``h [T, B, H]``, its state, which is a dict that is
+            empty at a start, and a :class:`Context`; it returns the new ``h`` and its new state
         width (int): ``H``
-        tied (bool): whether the output has the embedding's weights, or its own
+        tied (bool): whether the head shares the embedding's weight or has its own
         embedding_scale (float): factor on the embedded tokens
         dropout_embedding (float): on whole rows of the embedding matrix
         dropout_input (float): on the embedded tokens
         dropout_output (float): on the last layer's output
         final_norm (nn.Module): for the last layer's output, or None
     """
+
+    #: The longest segment whose tokens may see each other; longer ones are read in pieces. None if
+    #: there is no bound.
+    max_segment = None
+    #: Whether training needs a criterion that adds :meth:`auxiliary_losses`.
+    has_auxiliary_losses = False
+    #: How many tokens ahead each position predicts. Beyond one, batches hold ``further_targets``.
+    num_targets = 1
 
     def __init__(
         self,
@@ -52,19 +89,21 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         self.embedding = nn.Embedding(len(dictionary), width)
         self.layers = nn.ModuleList(layers)
         self.final_norm = final_norm
-        if tied:
-            self.output_weight = None
-            self.output_bias = nn.Parameter(torch.zeros(len(dictionary)))
-        else:
-            output = nn.Linear(width, len(dictionary))
-            self.output_weight, self.output_bias = output.weight, output.bias
+        self.head = SoftmaxHead(width, len(dictionary), self.embedding.weight if tied else None)
         self.embedding_scale = embedding_scale
         self.dropout_embedding = dropout_embedding
         self.dropout_input = dropout_input
         self.dropout_output = dropout_output
         self.carried = CarriedState()
-        #: Whether to compute each layer anew for its gradient instead of keeping what lies inside.
+        self.num_updates = 0
+        #: Updates that the run will make, which the task knows; 0 if unknown.
+        self.total_updates = 0
+        #: Whether to recompute each layer for its gradient instead of keeping its activations.
         self.checkpoint_activations = False
+        self._register_state_dict_hook(_leave_out_tied_weight)
+        self._register_load_state_dict_pre_hook(self._complete_state_dict)
+
+    # What fairseq calls.
 
     def forward(
         self,
@@ -73,82 +112,158 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         incremental_state=None,
         src_lengths=None,
         segment=None,
+        targets=None,
+        further_targets=None,
     ):
-        """Logits of a batch.
+        """Logits of a batch, or the losses of its targets.
 
         Args:
             prev_output_tokens (LongTensor): ``[B, T]``
             incremental_state (dict): fairseq's, when generating: only the last token is read, from
                 the state that the one before it left
-            segment (str): which :class:`~fairseq_sha.data.SegmentId` the batch is; without it the
-                decoder starts from nothing and leaves nothing
+            segment (str): which :class:`~fairseq_sha.data.segments.SegmentId` the batch is; without
+                it the decoder starts from nothing and keeps nothing
+            targets (LongTensor): ``[B, T]``
+            further_targets (LongTensor): the tokens after the targets, ``[num_targets - 1, B, T]``,
+                for auxiliary losses
 
         Returns:
-            logits ``[B, T, V]`` (of the last token only, when generating), and what criterions
-            may want besides: :meth:`extra` in training, else None
+            Without targets: logits ``[B, T, V]`` (of the last token only, when generating), and
+            None. With targets: the loss of each in nats, ``[B, T]``, and a dict that is empty
+            except in training: ``auxiliary_losses`` and ``statistics``, see
+            :meth:`auxiliary_losses` and :meth:`statistics`.
         """
-        features, extra = self.extract_features(
-            prev_output_tokens, incremental_state=incremental_state, segment=segment
-        )
-        return self.output_layer(features), extra
+        done = self._read_batch(prev_output_tokens, incremental_state, segment)
+        features = done.features.transpose(0, 1)
+        if targets is None:
+            return self.head.logits(features), None
+        extra = {}
+        if self.training:
+            extra = {
+                "auxiliary_losses": self.auxiliary_losses(done, targets, further_targets),
+                "statistics": self.statistics(),
+            }
+        return self.head.losses(features, targets), extra
 
-    def extract_features(
-        self,
-        prev_output_tokens,
-        encoder_out=None,
-        incremental_state=None,
-        src_lengths=None,
-        segment=None,
-    ):
-        """What :meth:`output_layer` projects: ``[B, T, H]``. Arguments as for :meth:`forward`."""
-        tokens = prev_output_tokens.t()
-        if incremental_state is not None:
-            state = self._state_of_generation(incremental_state)
-            features, state = self.read(tokens[-1:], state)
-            self.keep_state_of_generation(incremental_state, state)
-        elif segment is not None:
-            before = self.carried.before(segment, self.training)
-            features, after = self.read(tokens, before)
-            self.carried.keep(segment, self.training, before, after)
-        else:
-            features, _ = self.read(tokens, None)
-        return features.transpose(0, 1), self.extra() if self.training else None
+    def extract_features(self, prev_output_tokens, incremental_state=None, segment=None, **unused):
+        """The features ``[B, T, H]`` that the head reads, and None. Arguments as for
+        :meth:`forward`."""
+        done = self._read_batch(prev_output_tokens, incremental_state, segment)
+        return done.features.transpose(0, 1), None
 
-    #: Whether training needs a criterion that adds the auxiliary losses of :meth:`extra`.
-    has_auxiliary_losses = False
+    def output_layer(self, features):
+        """Features ``[..., H]`` to logits ``[..., V]``."""
+        return self.head.logits(features)
 
-    def extra(self):
-        """What a model's training needs besides logits, or None: a dict of
-        ``auxiliary_losses``, Tensors ``[]`` by name, in nats per prediction, and ``statistics``,
-        Tensors ``[]`` by name, without gradient, to be logged."""
-        return None
+    def set_num_updates(self, num_updates):
+        """fairseq's hook before each training batch."""
+        self.num_updates = num_updates
+        self.carried.begin_update(num_updates)
+
+    # What a family may override.
+
+    def prepare(self, h, state, context):
+        """What the layers need in common: the :class:`Context`, or a family's own kind of it.
+
+        Args:
+            h (Tensor): the embedded tokens, ``[T, B, H]``
+            state (list of dict): one per layer, all of them empty at a start
+        """
+        return context
+
+    def auxiliary_losses(self, done, targets, further_targets=None):
+        """What training minimises besides the loss of the targets.
+
+        Args:
+            done (Pass): with the output of each layer
+            targets (LongTensor): ``[B, T]``
+            further_targets (LongTensor): ``[num_targets - 1, B, T]``, or None
+
+        Returns:
+            dict of Tensors ``[]`` by name, in nats per target
+        """
+        return {}
+
+    def statistics(self):
+        """What training logs besides losses: a dict of Tensors ``[]`` by name, no gradient."""
+        return {}
 
     def bounded_parameters(self):
         """Parameters that must stay within bounds: a list of ``(parameter, low, high)``. The task
         clamps them after each update."""
         return []
 
-    def set_num_updates(self, num_updates):
-        """fairseq's hook before each batch that is trained on."""
-        self.carried.begin_update(num_updates)
+    # Reading.
 
-    def read(self, tokens, state):
-        """Run a segment: tokens ``[T, B]`` and state to features ``[T, B, H]`` and new state."""
-        h = self.embed(tokens)
+    def read(self, tokens, state, training=False):
+        """Read a segment.
+
+        Args:
+            tokens (LongTensor): ``[T, B]``
+            state (list): what the segment before left; None for nothing
+            training (bool): whether dropout acts
+
+        Returns:
+            features ``[T, B, H]`` and the new state
+        """
+        done = self._read(tokens, state, training)
+        return done.features, done.state
+
+    def _read_batch(self, prev_output_tokens, incremental_state, segment):
+        tokens = prev_output_tokens.t()
+        if incremental_state is not None:
+            before = self.get_generation_state(incremental_state)
+            done = self._read(tokens[-1:], before, self.training)
+            self.set_generation_state(incremental_state, done.state)
+        elif segment is not None:
+            before = self.carried.before(segment, self.training)
+            done = self._read(tokens, before, self.training)
+            self.carried.keep(segment, self.training, before, done.state)
+        else:
+            done = self._read(tokens, None, self.training)
+        return done
+
+    def _read(self, tokens, state, training):
+        context = Context(training, self.num_updates, self.total_updates)
+        if self.max_segment is None or len(tokens) <= self.max_segment:
+            return self._read_piece(tokens, state, context)
+        pieces = []
+        for piece in tokens.split(self.max_segment):
+            pieces.append(self._read_piece(piece, state, context))
+            state = pieces[-1].state
+        features = torch.cat([piece.features for piece in pieces])
+        hidden = [torch.cat(outputs) for outputs in zip(*(piece.hidden for piece in pieces))]
+        return Pass(features, state, hidden, context)
+
+    def _read_piece(self, tokens, state, context):
+        h = self.embed(tokens, context.training)
         state = state or [{}] * len(self.layers)
-        left = []
-        for layer, before, others in zip(self.layers, state, self.inputs_of_layers(h, state)):
+        context = self.prepare(h, state, context)
+        new_state, hidden = [], []
+        for layer, layer_state in zip(self.layers, state):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 layer = functools.partial(checkpoint, layer, use_reentrant=False)
-            h, after = layer(h, before, *others)
-            left.append(after)
+            h, after = layer(h, layer_state, context)
+            new_state.append(after)
+            hidden.append(h)
         if self.final_norm is not None:
             h = self.final_norm(h)
-        return dropout(h, self.dropout_output, self.training), left
+        features = dropout(h, self.dropout_output, context.training)
+        return Pass(features, new_state, hidden, context)
+
+    def embed(self, tokens, training):
+        """Tokens ``[T, B]`` to the first layer's input ``[T, B, H]``."""
+        h = self.embedding(tokens)
+        if training and self.dropout_embedding > 0:
+            rows = torch.ones_like(self.embedding.weight[:, :1])
+            h = h * dropout(rows, self.dropout_embedding)[tokens]
+        if self.embedding_scale != 1:
+            h = h * self.embedding_scale
+        return dropout(h, self.dropout_input, training)
 
     def compile_layers(self):
-        """Have torch compile each layer at its first segment, for any length; recurrences, which
-        would be compiled into one operation after another for each length, run as they did."""
+        """Have torch compile each layer at its first segment, for any length. Recurrences stay as
+        they are: compiled, they would become one operation after another for each length."""
         import torch._dynamo  # takes seconds
 
         limit = torch._dynamo.config.cache_size_limit
@@ -159,28 +274,10 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
-    def inputs_of_layers(self, h, state):
-        """What each layer is given after ``h`` and its state: a list of tuples."""
-        return [()] * len(self.layers)
-
-    def embed(self, tokens):
-        """Tokens ``[T, B]`` to ``h [T, B, H]`` for the first layer."""
-        h = self.embedding(tokens)
-        if self.training and self.dropout_embedding > 0:
-            rows = torch.ones_like(self.embedding.weight[:, :1])
-            h = h * dropout(rows, self.dropout_embedding)[tokens]
-        if self.embedding_scale != 1:
-            h = h * self.embedding_scale
-        return dropout(h, self.dropout_input, self.training)
-
-    def output_layer(self, features):
-        """Features ``[..., H]`` to logits ``[..., V]``."""
-        weight = self.embedding.weight if self.output_weight is None else self.output_weight
-        return nn.functional.linear(features, weight, self.output_bias)
-
     # fairseq wants the state of generation as a flat dict of tensors.
 
-    def _state_of_generation(self, incremental_state):
+    def get_generation_state(self, incremental_state):
+        """The state that generation goes on from, or None at its start."""
         flat = self.get_incremental_state(incremental_state, "state")
         if flat is None:
             return None
@@ -190,8 +287,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             state[int(layer)][key] = tensor
         return state
 
-    def keep_state_of_generation(self, incremental_state, state):
-        """Make a state that :meth:`read` left the one that generation goes on from."""
+    def set_generation_state(self, incremental_state, state):
+        """Have generation go on from a state that :meth:`read` returned."""
         flat = {
             f"{layer}.{key}": tensor
             for layer, tensors in enumerate(state)
@@ -206,6 +303,20 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             flat = {name: tensor.index_select(1, new_order) for name, tensor in flat.items()}
             self.set_incremental_state(incremental_state, "state", flat)
 
+    # A tied weight is saved once, as the embedding's.
+
+    def _complete_state_dict(self, state_dict, prefix, *unused):
+        for name in ("weight", "bias"):  # as version 0.1 called them
+            if f"{prefix}output_{name}" in state_dict:
+                state_dict[f"{prefix}head.{name}"] = state_dict.pop(f"{prefix}output_{name}")
+        if self.head.tied and f"{prefix}embedding.weight" in state_dict:
+            state_dict[f"{prefix}head.weight"] = state_dict[f"{prefix}embedding.weight"]
+
+
+def _leave_out_tied_weight(decoder, state_dict, prefix, local_metadata):
+    if decoder.head.tied:
+        state_dict.pop(f"{prefix}head.weight")
+
 
 class SegmentLanguageModel(FairseqLanguageModel):
     """What fairseq registers: a model is a subclass whose ``build_model`` gives it its decoder, a
@@ -213,13 +324,17 @@ class SegmentLanguageModel(FairseqLanguageModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """fairseq's, which looks for the task by its name and loads the checkpoint first."""
+        """fairseq's, which looks up the task by its name and loads the checkpoint first."""
         fairseq_sha.register()
         compatibility.apply()
         return super().from_pretrained(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
-        """fairseq's, with one line that says what does not fit."""
+        """fairseq's, with one line that says what does not fit.
+
+        Raises:
+            UserError: the weights are of another model, or of other sizes
+        """
         try:
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:

@@ -6,11 +6,11 @@ from typing import List
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.models import register_model
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import (
     LSTM,
@@ -86,14 +86,14 @@ class SHARNNConfig(FairseqDataclass):
     collapse: bool = field(
         default=False,
         metadata={
-            "help": "keep of each over-parameterised vector only the constant that it amounts to; "
-            "weights trained without this load with it and give the same output"
+            "help": "keep only the constant that each over-parameterised vector evaluates to; "
+            "weights trained without this option load with it and give the same output"
         },
     )
 
 
 class SHARNNLayer(nn.Module):
-    """A recurrent cell, a single attention head where ``attends``, and boom."""
+    """A recurrent cell, a single attention head if it ``attends``, and boom (figure 1)."""
 
     def __init__(self, cfg, attends):
         super().__init__()
@@ -115,27 +115,27 @@ class SHARNNLayer(nn.Module):
         self.norm_residual = norm(cfg.width)
         self.boom = Boom(cfg.width, cfg.boom_multiple, cfg.dropout_hidden)
 
-    def forward(self, h, state):
-        """``h [T, B, H]`` and state to the same; the state holds the cell's and, where the layer
+    def forward(self, h, state, context):
+        """``h [T, B, H]`` and state to the same. The state holds the cell's state and, if the layer
         attends, ``memory [rows <= window, B, H]``."""
         # Not residual: the cell's output replaces h.
-        h, left = self.cell(self.norm_start(h), state)
-        h = dropout(h, self.p, self.training)
+        h, new_state = self.cell(self.norm_start(h), state)
+        h = dropout(h, self.p, context.training)
         if self.attention is not None:
             own = self.norm_memory(h)
-            # The window does not slide within a segment.
-            room = max(self.window - len(h), 0)
-            memory = last_rows(state["memory"], room) if state else h[:0].detach()
-            seen = torch.cat([memory, own])
-            left["memory"] = last_rows(seen, self.window)
+            # The window holds memory and segment together, and does not slide within a segment.
+            room = self.window - len(h)
+            memory = last_rows(state["memory"], room) if state else own[:0].detach()
+            new_state["memory"] = torch.cat([memory, own])
             h = self.norm_mid(h)
-            h = h + self.attention(h, *rows_to_attend(memory, own, seen), self.training)
-        boomed = self.boom(self.norm_boom(h), self.training)
-        return self.norm_residual(h) + dropout(boomed, self.p, self.training), left
+            rows, memory = rows_to_attend(memory, own, new_state["memory"])
+            h = h + self.attention(h, rows, memory, context.training)
+        boomed = self.boom(self.norm_boom(h), context.training)
+        return self.norm_residual(h) + dropout(boomed, self.p, context.training), new_state
 
 
 class SHARNNDecoder(SegmentDecoder):
-    """Embedding, layers of which some attend, tied output."""
+    """Embedding, layers of which some attend, tied output (section 3)."""
 
     def __init__(self, cfg, dictionary):
         check(cfg)
@@ -148,6 +148,8 @@ class SHARNNDecoder(SegmentDecoder):
             dropout_input=cfg.dropout_input,
             dropout_output=cfg.dropout_output,
         )
+        if cfg.attention_layers:
+            self.max_segment = cfg.window
         # Layer norms keep torch's ones and zeros: drawn like the linear weights, training stalls.
         # Cells come as they initialise themselves.
         cells = {module for layer in self.layers for module in layer.cell.modules()}
@@ -173,9 +175,33 @@ def check(cfg):
             )
 
 
-@register_model("sha_rnn", dataclass=SHARNNConfig)
+ARCHITECTURES = {
+    # One head, in the second-last layer.
+    "sha_rnn_enwik8": {},
+    "sha_rnn_enwik8_full": {
+        "attention_layers": Size([0, 1, 2, 3], "paper, a head per layer"),
+    },
+    "sha_lstm_enwik8": {
+        "attention_layers": Size([], "paper, no head"),
+    },
+    # Learns something on two CPU cores in minutes.
+    "sha_rnn_small": {
+        "width": Size(256, "for two CPU cores"),
+        "window": Size(1024, "for two CPU cores"),
+    },
+}
+
+TINY = Tiny(
+    model={"width": 16, "num_layers": 2, "attention_layers": [1], "window": 60},
+    training="--optimizer min_trust_lamb --min-trust 0.25 --lr 0.01 --warmup-updates 5 "
+    "--clip-norm 0.25",
+    variants={cell: {"cell": cell, "window": 12} for cell in CELLS},
+)
+
+
+@register_family("sha_rnn", SHARNNConfig, ARCHITECTURES, TINY)
 class SHARNN(SegmentLanguageModel):
-    """The model family; the named architectures differ from it in their defaults only."""
+    """The model family."""
 
     @classmethod
     def build_model(cls, cfg, task):
@@ -186,59 +212,3 @@ class SHARNN(SegmentLanguageModel):
                 "the segment itself; raise it, or shorten segments"
             )
         return cls(SHARNNDecoder(cfg, task.source_dictionary))
-
-
-@dataclass
-class SHARNNEnwik8Config(SHARNNConfig):
-    pass
-
-
-@register_model("sha_rnn_enwik8", dataclass=SHARNNEnwik8Config)
-class SHARNNEnwik8(SHARNN):
-    """The paper's model: one head, in the second-last layer."""
-
-
-@dataclass
-class SHARNNEnwik8FullConfig(SHARNNConfig):
-    attention_layers: List[int] = field(
-        default_factory=lambda: [0, 1, 2, 3],
-        metadata={"help": "layers that attend, counted from 0 (default: paper, a head per layer)"},
-    )
-
-
-@register_model("sha_rnn_enwik8_full", dataclass=SHARNNEnwik8FullConfig)
-class SHARNNEnwik8Full(SHARNN):
-    """A head in every layer."""
-
-
-@dataclass
-class SHALSTMEnwik8Config(SHARNNConfig):
-    attention_layers: List[int] = field(
-        default_factory=list,
-        metadata={"help": "layers that attend, counted from 0 (default: paper, no head)"},
-    )
-
-
-@register_model("sha_lstm_enwik8", dataclass=SHALSTMEnwik8Config)
-class SHALSTMEnwik8(SHARNN):
-    """No attention at all."""
-
-
-@dataclass
-class SHARNNSmallConfig(SHARNNConfig):
-    width: int = field(
-        default=256,
-        metadata={"help": "width H of embedding and layers (default: for two CPU cores)"},
-    )
-    window: int = field(
-        default=1024,
-        metadata={
-            "help": "attention window in tokens: memory and current segment together "
-            "(default: for two CPU cores)"
-        },
-    )
-
-
-@register_model("sha_rnn_small", dataclass=SHARNNSmallConfig)
-class SHARNNSmall(SHARNN):
-    """A model that learns something on two CPU cores in minutes."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import register_model
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.ops import attend, causal_bias, dropout, next_memory, sru
 
@@ -86,31 +86,33 @@ class SRUppLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(2, cfg.width))  # v_f, v_r
         self.bias = nn.Parameter(torch.empty(2, cfg.width))  # b_f, b_r
 
-    def forward(self, x, state):
-        """``x [T, B, D]`` and state to the same; the state holds ``c [1, B, D]``, in float32 or
-        wider, and, where the layer attends, ``memory``, inputs of this layer, ``[rows, B, D]``."""
+    def forward(self, x, state, context):
+        """``x [T, B, D]`` and state to the same. The state holds ``c [1, B, D]``, in float32 or
+        wider, and, if the layer attends, ``memory``, inputs of this layer, ``[rows, B, D]``."""
+        training = context.training
         z = self.project(x if self.norm_input is None else self.norm_input(x))
-        left = {}
+        new_state = {}
         if self.key_value is not None:
             memory = state["memory"] if state else x[:0]
-            z = z + self.alpha * self.attention(z, self.project(memory))
-            # Training remembers the segment alone, whatever its length.
-            left["memory"] = x if self.training else next_memory(memory, x, self.eval_unroll)
-        u = self.expand(dropout(self.norm(z), self.p, self.training))
+            z = z + self.alpha * self.attention(z, self.project(memory), training)
+            # In training the memory is the segment before, whatever its length.
+            new_state["memory"] = x if training else next_memory(memory, x, self.eval_unroll)
+        u = self.expand(dropout(self.norm(z), self.p, training))
         c0 = state["c"][0] if state else torch.zeros_like(x[0])
         mask = None
-        if self.training and self.p_state > 0:
+        if training and self.p_state > 0:
             mask = dropout(torch.ones_like(x[0]), self.p_state)
         out, c = self.recurrence(u.unflatten(-1, (3, -1)), x, self.weight, self.bias, c0, mask)
-        return out, {**left, "c": c.unsqueeze(0)}
+        return out, {**new_state, "c": c.unsqueeze(0)}
 
-    def attention(self, q, remembered):
-        """Of the segment's projections ``[T, B, P]`` over those of the memory and themselves."""
+    def attention(self, q, remembered, training):
+        """Attention of the segment's projections ``[T, B, P]`` over the memory's projections
+        ``[M, B, P]`` and themselves."""
         keys, values = self.key_value(torch.cat([remembered, q])).chunk(2, -1)
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).flatten(1, 2) for x in (q, keys, values))
         # Training sees the whole memory, evaluation a band.
-        bias = causal_bias(q, k, None if self.training else self.eval_unroll + 1)
-        mix = attend(q, k, v, bias, self.p_attention if self.training else 0.0)
+        bias = causal_bias(q, k, None if training else self.eval_unroll + 1)
+        mix = attend(q, k, v, bias, self.p_attention if training else 0.0)
         return mix.unflatten(1, (-1, self.n_head)).flatten(2)
 
 
@@ -132,9 +134,9 @@ class SRUppDecoder(SegmentDecoder):
             dropout_output=cfg.dropout,
         )
         bound = math.sqrt(3 / cfg.width)
-        for weight in (self.embedding.weight, self.output_weight):
+        for weight in (self.embedding.weight, self.head.weight):
             nn.init.uniform_(weight, -bound, bound)
-        nn.init.zeros_(self.output_bias)
+        nn.init.zeros_(self.head.bias)
         for layer in self.layers:
             for linear in (layer.project, layer.key_value, layer.expand):
                 if linear is not None:
@@ -157,46 +159,39 @@ def check(cfg):
     require_dropouts(cfg, "dropout", "dropatt")
 
 
-@register_model("srupp", dataclass=SRUppConfig)
+ARCHITECTURES = {
+    # The paper's 108M parameters.
+    "srupp_enwik8_base": {},
+    # The paper's 195M parameters.
+    "srupp_enwik8_large": {
+        "width": Size(6016, "paper, large"),
+        "projection": Size(752, "paper"),
+        "dropout": Size(0.32, "paper, large"),
+        "dropatt": Size(0.32, "paper, large"),
+    },
+}
+
+TINY = Tiny(
+    model={
+        "width": 16,
+        "num_layers": 2,
+        "projection": 8,
+        "attn_every_n_layers": 2,
+        "eval_unroll": 40,
+        "dropout": 0.1,
+    },
+    training="--optimizer radam --weight-decay 0.1 --lr 0.2 --warmup-updates 5 --clip-norm 1.0",
+    variants={
+        "": {"eval_unroll": 9, "attn_every_n_layers": 1},
+        "layer_norm": {"eval_unroll": 9, "layer_norm": True},
+    },
+)
+
+
+@register_family("srupp", SRUppConfig, ARCHITECTURES, TINY)
 class SRUpp(SegmentLanguageModel):
-    """The model family; the named architectures differ from it in their defaults only."""
+    """The model family."""
 
     @classmethod
     def build_model(cls, cfg, task):
         return cls(SRUppDecoder(cfg, task.source_dictionary))
-
-
-@dataclass
-class SRUppEnwik8BaseConfig(SRUppConfig):
-    pass
-
-
-@register_model("srupp_enwik8_base", dataclass=SRUppEnwik8BaseConfig)
-class SRUppEnwik8Base(SRUpp):
-    """The paper's 108M parameters."""
-
-
-@dataclass
-class SRUppEnwik8LargeConfig(SRUppConfig):
-    width: int = field(
-        default=6016, metadata={"help": "width D of embedding and layers (default: paper, large)"}
-    )
-    projection: int = field(
-        default=752,
-        metadata={"help": "width P of the projection that attention works in (default: paper)"},
-    )
-    dropout: float = field(
-        default=0.32,
-        metadata={
-            "help": "dropout of the embedding, in each layer and of the last output "
-            "(default: paper, large)"
-        },
-    )
-    dropatt: float = field(
-        default=0.32, metadata={"help": "dropout of attention weights (default: paper, large)"}
-    )
-
-
-@register_model("srupp_enwik8_large", dataclass=SRUppEnwik8LargeConfig)
-class SRUppEnwik8Large(SRUpp):
-    """The paper's 195M parameters."""

@@ -6,16 +6,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import register_model
 from torch import nn
 
-from fairseq_sha.checks import (
-    require_at_least,
-    require_dropouts,
-    require_heads_that_divide,
-)
+from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
-from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
+from fairseq_sha.models.family import Size, Tiny, register_family
+from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import attend, causal_relative_bias, dropout, next_memory
 
@@ -34,6 +30,10 @@ class TransformerXLConfig(FairseqDataclass):
     n_head: int = field(
         default=8, metadata={"help": "heads of each layer (default: author's published script)"}
     )
+    d_head: int = field(
+        default=0,
+        metadata={"help": "width of each head; 0 for width / n-head (default: published script)"},
+    )
     d_inner: int = field(
         default=2048,
         metadata={"help": "inner width of feed-forward layers (default: published script)"},
@@ -48,13 +48,16 @@ class TransformerXLConfig(FairseqDataclass):
     clamp_len: int = field(
         default=0,
         metadata={
-            "help": "distances in tokens beyond this one are taken for this one; 0 for none "
+            "help": "distances in tokens beyond this one count as this one; 0 for no limit "
             "(default: published script, training)"
         },
     )
     same_length: bool = field(
         default=False,
-        metadata={"help": "attend to exactly mem-len tokens, itself included, once there are many"},
+        metadata={
+            "help": "let each position attend to mem-len tokens, including itself, wherever it is "
+            "in its segment (default: published script, training)"
+        },
     )
     dropout: float = field(
         default=0.1,
@@ -69,45 +72,59 @@ class TransformerXLConfig(FairseqDataclass):
     )
 
 
+@dataclass(frozen=True)
+class TransformerXLContext(Context):
+    """What all layers share."""
+
+    #: Embeddings ``R`` of the distances ``K - 1`` down to -1, ``[K + 1, H]``.
+    positions: torch.Tensor = None
+    #: The biases ``u`` on content and ``v`` on positions, ``[heads, d]``.
+    u: torch.Tensor = None
+    v: torch.Tensor = None
+
+
 class RelativeAttention(nn.Module):
-    """Attention with relative positions (section 3.3): a content and a position part, each with a
-    bias ``u`` or ``w`` that does not depend on the query."""
+    """Attention with relative positions (section 3.3). A score is the sum of four terms::
+
+    (W_q h_i + u) W_kE h_j + (W_q h_i + v) W_kR R_(i-j)
+    """
 
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
         self.p = cfg.dropatt
         self.same_length = cfg.mem_len if cfg.same_length else None
-        self.query_key_value = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
-        self.position = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.output = nn.Linear(cfg.width, cfg.width, bias=False)
+        inner = cfg.n_head * head_width(cfg)
+        self.query_key_value = nn.Linear(cfg.width, 3 * inner, bias=False)
+        self.position = nn.Linear(cfg.width, inner, bias=False)
+        self.output = nn.Linear(inner, cfg.width, bias=False)
 
-    def forward(self, h, memory, positions, u, w):
+    def forward(self, h, memory, context):
         """
         Args:
             h (Tensor): ``[T, B, H]``
             memory (Tensor): ``[K - T, B, H]``
-            positions (Tensor): embeddings of the distances ``K - 1`` down to -1, ``[K + 1, H]``
-            u, w (Tensor): ``[heads, H / heads]``
+            context (TransformerXLContext)
 
         Returns:
             Tensor ``[T, B, H]``
         """
         query, key, value = self.query_key_value.weight.chunk(3)
         q = self.heads(F.linear(h, query))
-        # Apart, so that no gradient is computed for the memory.
+        # Projected apart from the segment, the memory costs no gradient.
         k, v = (
             self.heads(torch.cat([F.linear(memory, weight), F.linear(h, weight)])).flatten(1, 2)
             for weight in (key, value)
         )
-        r = self.heads(self.position(positions))
-        position_queries = (q + w).flatten(1, 2) / q.size(-1) ** 0.5
+        r = self.heads(self.position(context.positions))
+        position_queries = (q + context.v).flatten(1, 2) / q.size(-1) ** 0.5
         bias = causal_relative_bias(position_queries, r, self.same_length)
-        mix = attend((q + u).flatten(1, 2), k, v, bias, self.p if self.training else 0.0)
-        return self.output(mix.reshape(h.shape))
+        p = self.p if context.training else 0.0
+        mix = attend((q + context.u).flatten(1, 2), k, v, bias, p)
+        return self.output(mix.unflatten(1, (-1, self.n_head)).flatten(2))
 
     def heads(self, x):
-        """``[..., H] -> [..., heads, H / heads]``"""
+        """``[..., heads * d] -> [..., heads, d]``"""
         return x.unflatten(-1, (self.n_head, -1))
 
 
@@ -123,16 +140,17 @@ class TransformerXLLayer(nn.Module):
         self.feed_forward = FeedForward(cfg.width, cfg.d_inner, cfg.dropout)
         self.norm_feed_forward = nn.LayerNorm(cfg.width)
 
-    def forward(self, h, state, positions, u, w):
-        """``h [T, B, H]`` and state to the same; the state holds ``memory``, the last inputs of
+    def forward(self, h, state, context):
+        """``h [T, B, H]`` and state to the same. The state holds ``memory``, the last inputs of
         this layer, ``[rows <= mem_len, B, H]``."""
-        # Keys and values are computed anew from what the memory holds (section 3.2).
+        # Keys and values are recomputed from the inputs that the memory holds (section 3.2).
         memory = state["memory"] if state else h[:0]
-        left = next_memory(memory, h, self.mem_len)
-        attended = self.attention(h, memory, positions, u, w)
-        h = self.norm_attention(h + dropout(attended, self.p, self.training))
-        wide = dropout(self.feed_forward(h, self.training), self.p, self.training)
-        return self.norm_feed_forward(h + wide), {"memory": left}
+        new_memory = next_memory(memory, h, self.mem_len)
+        attended = self.attention(h, memory, context)
+        h = self.norm_attention(h + dropout(attended, self.p, context.training))
+        wide = self.feed_forward(h, context.training)
+        h = self.norm_feed_forward(h + dropout(wide, self.p, context.training))
+        return h, {"memory": new_memory}
 
 
 class TransformerXLDecoder(SegmentDecoder):
@@ -151,8 +169,8 @@ class TransformerXLDecoder(SegmentDecoder):
         )
         self.p = cfg.dropout
         self.clamp_len = cfg.clamp_len
-        self.content_bias = nn.Parameter(torch.empty(cfg.n_head, cfg.width // cfg.n_head))
-        self.position_bias = nn.Parameter(torch.empty(cfg.n_head, cfg.width // cfg.n_head))
+        self.content_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))  # u
+        self.position_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))  # v
         for parameter in (self.content_bias, self.position_bias):
             nn.init.normal_(parameter, std=STD)
         for module in self.modules():
@@ -163,11 +181,15 @@ class TransformerXLDecoder(SegmentDecoder):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def inputs_of_layers(self, h, state):
+    def prepare(self, h, state, context):
         remembered = state[0]["memory"].size(0) if state[0] else 0
         positions = self.embed_distances(remembered + len(h), h.device).to(h)
-        positions = dropout(positions, self.p, self.training)
-        return [(positions, self.content_bias, self.position_bias)] * len(self.layers)
+        return TransformerXLContext(
+            **vars(context),
+            positions=dropout(positions, self.p, context.training),
+            u=self.content_bias,
+            v=self.position_bias,
+        )
 
     def embed_distances(self, total, device):
         """Sinusoids of the distances ``total - 1`` down to -1: ``[total + 1, H]``."""
@@ -180,102 +202,64 @@ class TransformerXLDecoder(SegmentDecoder):
         return torch.cat([angles.sin(), angles.cos()], -1)
 
 
+def head_width(cfg):
+    """``d``, the width of a head."""
+    return cfg.d_head or cfg.width // cfg.n_head
+
+
 def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "n_head", "d_inner")
-    require_at_least(0, cfg, "mem_len", "clamp_len")
+    require_at_least(0, cfg, "d_head", "mem_len", "clamp_len")
     if cfg.same_length:
         require_at_least(1, cfg, "mem_len")
-    require_heads_that_divide(cfg)
+    if not cfg.d_head and cfg.width % cfg.n_head:
+        raise UserError(
+            f"--n-head {cfg.n_head}: does not divide --width {cfg.width}; choose another, or give "
+            "--d-head"
+        )
     if cfg.width % 2:
         raise UserError(f"--width {cfg.width}: must be even, half for sines, half for cosines")
     require_dropouts(cfg, "dropout", "dropatt")
 
 
-@register_model("transformer_xl", dataclass=TransformerXLConfig)
+ARCHITECTURES = {
+    # The paper's 41M parameters.
+    "transformer_xl_enwik8_12l": {},
+    # The paper gives the depth and the number of parameters, 88M; the widths are chosen to match.
+    "transformer_xl_enwik8_18l": {
+        "num_layers": Size(18, "paper"),
+        "width": Size(640, "chosen here, for 88M"),
+        "d_inner": Size(2208, "chosen here, for 88M"),
+        "mem_len": Size(784, "paper"),
+        "dropout": Size(0.15, "as with 24 layers"),
+        "dropatt": Size(0.15, "as with 24 layers"),
+    },
+    # The paper's 277M parameters.
+    "transformer_xl_enwik8_24l": {
+        "num_layers": Size(24, "paper"),
+        "width": Size(1024, "published script"),
+        "d_inner": Size(3072, "published script"),
+        "mem_len": Size(768, "published script, training"),
+        "dropout": Size(0.15, "published script"),
+        "dropatt": Size(0.15, "published script"),
+    },
+}
+
+TINY = Tiny(
+    model={"width": 16, "num_layers": 2, "n_head": 2, "d_inner": 32, "mem_len": 60, "dropout": 0.1},
+    training="--optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 0.25",
+    variants={
+        "": {"mem_len": 9},
+        "same_length": {"mem_len": 9, "same_length": True, "d_head": 6},
+    },
+)
+
+
+@register_family("transformer_xl", TransformerXLConfig, ARCHITECTURES, TINY)
 class TransformerXL(SegmentLanguageModel):
-    """The model family; the named architectures differ from it in their defaults only."""
+    """The model family."""
 
     @classmethod
     def build_model(cls, cfg, task):
         return cls(TransformerXLDecoder(cfg, task.source_dictionary))
-
-
-@dataclass
-class TransformerXLEnwik8Layers12Config(TransformerXLConfig):
-    pass
-
-
-@register_model("transformer_xl_enwik8_12l", dataclass=TransformerXLEnwik8Layers12Config)
-class TransformerXLEnwik8Layers12(TransformerXL):
-    """The paper's 41M parameters."""
-
-
-@dataclass
-class TransformerXLEnwik8Layers18Config(TransformerXLConfig):
-    # The paper gives depth and number of parameters (88M); widths are chosen here to match.
-    num_layers: int = field(default=18, metadata={"help": "number of layers (default: paper)"})
-    width: int = field(
-        default=640,
-        metadata={"help": "width H of embedding and layers (default: chosen here, for 88M)"},
-    )
-    d_inner: int = field(
-        default=2208,
-        metadata={"help": "inner width of feed-forward layers (default: chosen here, for 88M)"},
-    )
-    mem_len: int = field(
-        default=784,
-        metadata={"help": "tokens before the segment that are attended to (default: paper)"},
-    )
-    dropout: float = field(
-        default=0.15,
-        metadata={
-            "help": "dropout of embeddings, positions, sublayers and the last output "
-            "(default: as with 24 layers)"
-        },
-    )
-    dropatt: float = field(
-        default=0.15,
-        metadata={"help": "dropout of attention weights (default: as with 24 layers)"},
-    )
-
-
-@register_model("transformer_xl_enwik8_18l", dataclass=TransformerXLEnwik8Layers18Config)
-class TransformerXLEnwik8Layers18(TransformerXL):
-    """Of the size of the paper's 88M parameters; its widths were not published."""
-
-
-@dataclass
-class TransformerXLEnwik8Layers24Config(TransformerXLConfig):
-    num_layers: int = field(default=24, metadata={"help": "number of layers (default: paper)"})
-    width: int = field(
-        default=1024,
-        metadata={"help": "width H of embedding and layers (default: published script)"},
-    )
-    d_inner: int = field(
-        default=3072,
-        metadata={"help": "inner width of feed-forward layers (default: published script)"},
-    )
-    mem_len: int = field(
-        default=768,
-        metadata={
-            "help": "tokens before the segment that are attended to; may differ at evaluation "
-            "(default: published script, training)"
-        },
-    )
-    dropout: float = field(
-        default=0.15,
-        metadata={
-            "help": "dropout of embeddings, positions, sublayers and the last output "
-            "(default: published script)"
-        },
-    )
-    dropatt: float = field(
-        default=0.15,
-        metadata={"help": "dropout of attention weights (default: published script)"},
-    )
-
-
-@register_model("transformer_xl_enwik8_24l", dataclass=TransformerXLEnwik8Layers24Config)
-class TransformerXLEnwik8Layers24(TransformerXL):
-    """The paper's 277M parameters."""

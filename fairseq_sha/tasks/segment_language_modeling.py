@@ -49,6 +49,7 @@ from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.data.segment_iterator import SegmentIterator
 from fairseq_sha.data.segments import SegmentDataset
 from fairseq_sha.errors import UserError
+from fairseq_sha.evaluation.policies import Carried, Sliding
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 from fairseq_sha.registrations import taken_names
 
@@ -219,6 +220,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         if self.is_training and self.carries_state():
             self.model.decoder.checkpoint_activations = self.cfg.checkpoint_activations
             self.model.decoder.carried.may_overflow = self.cfg.fp16 or self.cfg.amp
+            self.model.decoder.total_updates = self.cfg.max_update
             if self.cfg.compile:
                 self.model.decoder.compile_layers()
         elif self.is_training and self.cfg.compile:
@@ -265,6 +267,11 @@ class SegmentLanguageModelingTask(FairseqTask):
     def build_criterion(self, cfg, from_checkpoint=False):
         criterion = super().build_criterion(cfg)
         ignores = not isinstance(criterion, CrossEntropyWithAuxiliaryLosses)
+        if not ignores and not self.carries_state():
+            raise UserError(
+                f"--criterion {cfg._name}: for the models of fairseq_sha; use cross_entropy with "
+                "fairseq's own"
+            )
         if ignores and getattr(self.model and self.model.decoder, "has_auxiliary_losses", False):
             raise UserError(
                 f"--criterion {cfg._name}: would leave out this model's auxiliary losses; use "
@@ -412,7 +419,10 @@ class SegmentLanguageModelingTask(FairseqTask):
 
     def optimizer_step(self, optimizer, model, update_num):
         """fairseq's hook. After the update, parameters are clamped to the model's bounds."""
-        bounded = model.decoder.bounded_parameters() if self.carries_state() else []
+        bounded = []
+        if isinstance(model.decoder, SegmentDecoder):
+            bounded = model.decoder.bounded_parameters()
+            model.decoder.carried.end_attempt()
         masters = {}
         if bounded and isinstance(optimizer, FP16Optimizer):
             if optimizer.has_flat_params:
@@ -491,6 +501,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         max_tokens=None,
         skip_remainder_batch=False,
         update_epoch_batch_itr=None,
+        context_window=0,
         **kwargs,
     ):
         """fairseq's hook. A :class:`Corpus` is cut into segments; what
@@ -547,24 +558,32 @@ class SegmentLanguageModelingTask(FairseqTask):
                 f"--batch-size {max_sentences}: {max_sentences * num_shards} streams in all, and "
                 f"{dataset.path} holds {len(dataset)} predictions; use fewer"
             )
-        segments = SegmentDataset(
-            dataset,
-            split,
-            epoch,
-            self.dictionary.pad(),
-            batch_size=max_sentences,
-            tokens_per_sample=self.cfg.tokens_per_sample,
-            random_lengths=training and self.cfg.random_segment_lengths,
-            seed=self.cfg.seed,
-            num_shards=num_shards,
-            shard=shard_id,
-            codec=self.codec,
-            filler=None if self.carries_state() else self.codec.start,
-        )
-        self._check_positions(segments)
+        if training:
+            batches = SegmentDataset(
+                dataset,
+                split if self.carries_state() else None,
+                epoch,
+                self.dictionary.pad(),
+                batch_size=max_sentences,
+                tokens_per_sample=self.cfg.tokens_per_sample,
+                random_lengths=self.cfg.random_segment_lengths,
+                seed=self.cfg.seed,
+                num_shards=num_shards,
+                shard=shard_id,
+                codec=self.codec,
+                filler=None if self.carries_state() else self.codec.start,
+                num_targets=getattr(self.model.decoder, "num_targets", 1),
+            )
+            self._check_positions(self.cfg.tokens_per_sample)
+        else:
+            policy = self.evaluation_policy(
+                max_sentences, self.cfg.tokens_per_sample - context_window, context_window
+            )
+            batches = policy.batches(dataset, split, self.codec, num_shards, shard_id)
+            logger.info("evaluating %s: %s", split, policy)
         carries = training and self.carries_state()
         iterator = SegmentIterator(
-            segments,
+            batches,
             carried=self.model.decoder.carried if carries else None,
             reference=next(self.model.parameters()) if training else None,
             codec=self.codec,
@@ -576,14 +595,39 @@ class SegmentLanguageModelingTask(FairseqTask):
             self.train_iterator = iterator
         return iterator
 
-    def _check_positions(self, segments):
+    def evaluation_policy(self, batch_size, length, context=0):
+        """How this task's model reads a text for a score.
+
+        Args:
+            batch_size (int): streams, or windows read side by side
+            length (int): tokens that are scored of each segment or window
+            context (int): tokens that come before them in each window
+
+        Returns:
+            a policy of :mod:`fairseq_sha.evaluation.policies`
+
+        Raises:
+            UserError: a context for a model that carries state, or more tokens than it can read
+        """
+        self._check_positions(context + length)
+        if context == 0:
+            return Carried(batch_size, length, self.carries_state())
         if self.carries_state():
-            return
-        longest, limit = int(np.diff(segments.offsets).max()), self.model.max_positions()
-        if longest > limit:
             raise UserError(
-                f"--tokens-per-sample {self.cfg.tokens_per_sample}: this model reads at most "
-                f"{limit} tokens at once; use fewer, or train it with --max-target-positions"
+                "--context-window has no use here: every token is scored once, with the state "
+                "carried from all text before it; leave it out"
+            )
+        return Sliding(batch_size, context, length)
+
+    def _check_positions(self, length):
+        """The longest segment or window that a model without state can read."""
+        if self.carries_state() or self.model is None:
+            return
+        limit = self.model.max_positions()
+        if length > limit:
+            raise UserError(
+                f"--tokens-per-sample {length}: this model reads at most {limit} tokens at once; "
+                "use fewer, or train it with --max-target-positions"
             )
 
     def eval_lm_dataloader(
@@ -595,27 +639,15 @@ class SegmentLanguageModelingTask(FairseqTask):
             UserError: options whose result would not count every token once
         """
         kwargs = {k: kwargs[k] for k in ("num_workers", "data_buffer_size") if k in kwargs}
+        # fairseq has reduced tokens_per_sample by the context.
+        self.cfg.tokens_per_sample += context_window
         return self.get_batch_iterator(
-            self._evaluation_dataset(dataset, context_window),
+            dataset,
             max_sentences=1 if batch_size is None else batch_size,
             num_shards=num_shards,
+            context_window=context_window,
             **kwargs,
         ).next_epoch_itr(shuffle=False)
-
-    def _evaluation_dataset(self, corpus, context_window):
-        """What ``fairseq-eval-lm`` reads: the corpus, for segments that follow each other.
-
-        A sliding window (``--context-window``, by which fairseq has reduced ``tokens_per_sample``)
-        belongs here, for models that carry no state.
-        """
-        if context_window > 0 and self.carries_state():
-            raise UserError(
-                "--context-window has no use here: every token is scored once, with the state "
-                "carried from all text before it; leave it out"
-            )
-        if context_window > 0:
-            raise UserError("--context-window is not supported; leave it out")
-        return corpus
 
     # Text is one stream without an end. Generation starts from the codec's start symbol, and gives
     # fairseq another symbol, which cannot be chosen, for the end of a hypothesis.

@@ -32,7 +32,7 @@ def sample():
 
 
 def cross_entropy(model, batch):
-    logits = model(**batch["net_input"])[0].flatten(0, 1)
+    logits = model(batch["net_input"]["src_tokens"])[0].flatten(0, 1)
     targets = batch["target"].flatten()
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=1, reduction="sum")
 

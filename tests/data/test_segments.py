@@ -4,10 +4,17 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_sha.data.segments import SegmentDataset, SegmentId, segment_lengths, stream_bounds
+from fairseq_sha.data.segments import (
+    SegmentDataset,
+    SegmentId,
+    WindowDataset,
+    segment_lengths,
+    stream_bounds,
+)
 
 PAD = 1
 
@@ -144,3 +151,63 @@ def test_dataset_is_small_when_pickled():
     first = dataset[0]["target"]
     assert len(pickle.dumps(dataset)) < 50_000
     assert (pickle.loads(pickle.dumps(dataset))[0]["target"] == first).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    num_tokens=st.integers(2, 300),
+    batch_size=st.integers(1, 5),
+    context=st.integers(0, 40),
+    stride=st.integers(1, 40),
+    num_shards=st.integers(1, 3),
+)
+def test_sliding_window_scores_every_prediction_once_with_its_context(
+    num_tokens, batch_size, context, stride, num_shards
+):
+    shards = [
+        WindowDataset(
+            FakeCorpus(num_tokens),
+            PAD,
+            batch_size,
+            context,
+            stride,
+            num_shards=num_shards,
+            shard=shard,
+            filler=2,
+        )
+        for shard in range(num_shards)
+    ]
+    assert len({len(shard) for shard in shards}) == 1
+    scored = []
+    for shard in shards:
+        for index in range(len(shard)):
+            batch = shard[index]
+            tokens, targets = batch["net_input"]["src_tokens"], batch["target"]
+            assert tokens.shape == targets.shape == (batch_size, context + stride)
+            assert batch["ntokens"] == int((targets != PAD).sum())
+            assert "segment" not in batch["net_input"] and not (tokens == PAD).any()
+            for row, start in zip(range(batch_size), batch["start_indices"]):
+                (where,) = np.nonzero(targets[row].numpy() != PAD)
+                assert list(where) == list(range(start, start + len(where)))
+                for t in where:
+                    target = int(targets[row, t])
+                    seen = tokens[row, : t + 1].numpy()
+                    # All that it reads comes right before it, without a gap.
+                    assert (seen == np.arange(target - len(seen), target)).all()
+                    assert len(seen) >= min(context + 1, target - 10)
+                    scored.append(target)
+    assert sorted(scored) == list(range(11, num_tokens + 10))
+
+
+@settings(max_examples=100, deadline=None)
+@given(**sizes, num_targets=st.integers(2, 4))
+def test_further_targets_are_the_tokens_after_the_targets(num_targets, **options):
+    for dataset in workers(num_targets=num_targets, **options):
+        for index in range(len(dataset)):
+            batch = dataset[index]
+            targets, further = batch["target"], batch["net_input"]["further_targets"]
+            assert further.shape == (num_targets - 1, *targets.shape)
+            for k, ahead in enumerate(further, 1):
+                expected = (targets + k).masked_fill(targets == PAD, PAD)
+                expected[expected > options["num_tokens"] + 9] = PAD  # the end of the corpus
+                assert torch.equal(ahead, expected)

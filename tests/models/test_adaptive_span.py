@@ -5,13 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
-from fairseq_sha.models.adaptive_span import (
-    AdaptiveSpanConfig,
-    AdaptiveSpanDecoder,
-    AdaptiveSpanEnwik8Config,
-    AdaptiveSpanEnwik8LargeConfig,
-)
+from fairseq_sha.models.adaptive_span import AdaptiveSpanConfig, AdaptiveSpanDecoder
+from fairseq_sha.models.family import FAMILIES
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden, helpers
 from tests.models.helpers import check_cuts, check_one_token_at_a_time
@@ -55,8 +50,7 @@ def test_equals_published_code(name):
     model = golden_decoder(case)
     for i, (tokens, targets) in enumerate(golden.segments(case["tokens"], case["segments"])):
         model.zero_grad()
-        logits, extra = model(tokens, segment=f"train:1:{i}")
-        nll = golden.token_losses(logits, targets)
+        nll, extra = model(tokens, segment=f"train:1:{i}", targets=targets)
         torch.testing.assert_close(nll, case[f"nll{i}"], atol=1e-4, rtol=0)
         span_loss = extra["auxiliary_losses"]["span_loss"]
         torch.testing.assert_close(span_loss, case[f"span_loss{i}"].reshape(()))
@@ -66,7 +60,7 @@ def test_equals_published_code(name):
 
 def test_a_golden_case_is_trimmed():
     model = golden_decoder(CASES["trimmed"])
-    assert [trimmed for _, trimmed in model.inputs_of_layers(None, None)] == [64, 64]
+    assert model.trimmed() == [64, 64]
 
 
 @pytest.mark.parametrize(
@@ -86,19 +80,20 @@ def test_trimming(span, ramp, longest, trimmed):
     assert attention.trim(longest) == trimmed
 
 
-@pytest.mark.parametrize("cfg, millions", [(AdaptiveSpanEnwik8Config, 38.54)])
-def test_counted_parameters(cfg, millions):
-    assert count(cfg) == pytest.approx(millions, abs=0.05)
+@pytest.mark.parametrize("name, millions", [("adaptive_span_enwik8", 38.54)])
+def test_counted_parameters(name, millions):
+    assert count(name) == pytest.approx(millions, abs=0.05)
 
 
 @pytest.mark.parametrize(
-    "cfg, millions", [(AdaptiveSpanEnwik8Config, 39), (AdaptiveSpanEnwik8LargeConfig, 209)]
+    "name, millions", [("adaptive_span_enwik8", 39), ("adaptive_span_enwik8_large", 209)]
 )
-def test_parameter_counts_of_the_paper(cfg, millions):
-    assert count(cfg) == pytest.approx(millions, rel=0.015)
+def test_parameter_counts_of_the_paper(name, millions):
+    assert count(name) == pytest.approx(millions, rel=0.015)
 
 
-def count(cfg):
+def count(name):
+    cfg = FAMILY.architectures[name]
     with torch.device("meta"):
         model = AdaptiveSpanDecoder(OmegaConf.structured(cfg()), dictionary_of(205))
     return sum(p.numel() for p in model.parameters()) / 1e6
@@ -129,10 +124,10 @@ def test_attention_equals_the_equations(span):
     attention = model.layers[0].attention
     with torch.no_grad():
         attention.span.mul_(0.4)  # so that something is trimmed of 150
-    positions, trimmed = model.inputs_of_layers(None, None)[0]
+    positions, trimmed = model.key_positions, model.trimmed()[0]
     assert trimmed == (64 if span == 150 else 0)
     h, cache = torch.randn(7, 3, 16, requires_grad=True), torch.randn(span, 3, 16)
-    actual = attention(h, cache, positions, trimmed)
+    actual = attention(h, cache, positions, trimmed, training=False)
     expected = torch.stack(
         [by_hand(attention, h[:, b], cache[:, b], model.key_positions) for b in range(3)], 1
     )
@@ -166,7 +161,7 @@ def test_position_does_not_attend_to_itself_nor_beyond_its_span():
     gradient = torch.autograd.grad(value.sum(), rows)  # the graph reaches the rows at all
     assert gradient[0].any()
     query = 9
-    mixed = attention(rows[8:], rows[:8], model.key_positions, 0)[query].sum()
+    mixed = attention(rows[8:], rows[:8], model.key_positions, 0, training=False)[query].sum()
     (gradient,) = torch.autograd.grad(mixed, rows)
     reached = gradient[:, 0].abs().sum(-1) > 0
     # Itself counts through its query alone.
@@ -178,7 +173,7 @@ def test_cache_is_bounded_and_detached():
     for index in range(4):
         logits, _ = model(torch.randint(29, (2, 7)), segment=f"train:1:{index}")
         logits.sum().backward()  # would fail through the graph of the segment before
-        kept = model.carried._kept["train", True].after
+        kept = model.carried._latest["train", True].state
         assert [len(layer["cache"]) for layer in kept] == [20, 20]
         assert not any(layer["cache"].requires_grad for layer in kept)
 
@@ -193,7 +188,7 @@ def test_evaluation_remembers_what_heads_reach_only():
     model.eval()
     for i, tokens in enumerate(segments):
         torch.testing.assert_close(model(tokens, segment=f"valid:1:{i}")[0], expected[i])
-        kept = model.carried._kept["valid", False].after
+        kept = model.carried._latest["valid", False].state
         assert [len(layer["cache"]) for layer in kept] == [72, 72]
     check_cuts(model, [150], [60, 90], [7] * 21 + [3])
 
@@ -223,7 +218,7 @@ def test_initial_weights_are_the_published_ones():
         assert normal.std().item() == pytest.approx(1, rel=0.02)
     assert torch.equal(model.spans(), torch.full((2, 2), 0.25))
     uniform = 256**-0.5  # torch's bound for linear maps
-    for weight in (model.output_weight, model.output_bias, model.layers[1].attention.key.weight):
+    for weight in (model.head.weight, model.head.bias, model.layers[1].attention.key.weight):
         assert 0.9 * uniform < weight.abs().max() <= uniform
 
 
@@ -232,22 +227,23 @@ def test_mask_and_losses_stand_half_precision(dtype):
     """Spans of thousands of tokens, and their sum over layers, in numbers of few digits."""
     model = decoder(attn_span=8192, num_layers=12, adapt_span_init=0.9, adapt_span_loss=1.0)
     expected = model.layers[0].attention.mask(0)
-    loss = model.extra()["auxiliary_losses"]["span_loss"]
+    loss = model.auxiliary_losses(None, None)["span_loss"]
     model.to(dtype)
     rounded = model.layers[0].attention.span[0].float() * 8192
     mask = model.layers[0].attention.mask(0)
     assert mask.dtype == torch.float32 and len(mask.unique()) >= len(expected.unique()) - 1
     assert 8192 - int((mask[0] == 0).sum()) == pytest.approx(float(rounded) + 32 * 4 / 32, abs=2)
-    halved = model.extra()
-    torch.testing.assert_close(halved["auxiliary_losses"]["span_loss"], loss, rtol=0.01, atol=0)
-    assert halved["statistics"]["span_max"] * 512 * 64 > 65504  # the type of fp16 would overflow
+    halved = model.auxiliary_losses(None, None)["span_loss"]
+    torch.testing.assert_close(halved, loss, rtol=0.01, atol=0)
+    assert model.statistics()["span_max"] * 512 * 64 > 65504  # the type of fp16 would overflow
 
 
 def test_auxiliary_losses_are_for_training_only():
     model = decoder(adapt_span_init=0.5)
-    _, extra = model(torch.randint(29, (3, 5)))
+    tokens = torch.randint(29, (3, 5))
+    _, extra = model(tokens, targets=tokens)
     assert float(extra["statistics"]["span_mean"]) == pytest.approx(10)
-    assert model.eval()(torch.randint(29, (3, 5)))[1] is None
+    assert model.eval()(tokens, targets=tokens)[1] == {}
 
 
 @pytest.mark.parametrize(

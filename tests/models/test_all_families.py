@@ -8,27 +8,16 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha.checks import torch_is_at_least
-from fairseq_sha.models.adaptive_span import AdaptiveSpan, AdaptiveSpanConfig
-from fairseq_sha.models.min_rnn import MinRNN, MinRNNConfig
-from fairseq_sha.models.sha_rnn import CELLS, SHARNN, SHARNNConfig
-from fairseq_sha.models.srupp import SRUpp, SRUppConfig
-from fairseq_sha.models.transformer_xl import TransformerXL, TransformerXLConfig
+from fairseq_sha.models.family import FAMILIES
 from tests.conftest import dictionary_of
 
-SMALL = dict(width=16, num_layers=2)
 MODELS = {
-    **{
-        f"sha_rnn, {cell}": (
-            SHARNN,
-            SHARNNConfig(attention_layers=[1], window=12, cell=cell, **SMALL),
-        )
-        for cell in CELLS
-    },
-    "transformer_xl": (TransformerXL, TransformerXLConfig(n_head=2, d_inner=8, mem_len=9, **SMALL)),
-    "adaptive_span": (AdaptiveSpan, AdaptiveSpanConfig(n_head=2, d_inner=8, attn_span=9, **SMALL)),
-    "srupp": (SRUpp, SRUppConfig(projection=8, eval_unroll=9, **SMALL)),
-    "min_gru": (MinRNN, MinRNNConfig(d_inner=8, **SMALL)),
-    "min_lstm": (MinRNN, MinRNNConfig(d_inner=8, cell="min_lstm", **SMALL)),
+    f"{name}, {variant}" if variant else name: (
+        family.model,
+        family.config(**{**family.tiny.model, **fields}),
+    )
+    for name, family in FAMILIES.items()
+    for variant, fields in family.tiny.variants.items()
 }
 
 
@@ -45,7 +34,7 @@ def test_carried_state_holds_no_more_than_itself(model, training):
     decoder = model.train(training).decoder
     for i in range(3):
         decoder(torch.randint(24, (3, 6)), segment=f"train:1:{i}")
-    for layer in decoder.carried._kept["train", training].after:
+    for layer in decoder.carried._latest["train", training].state:
         for key, tensor in layer.items():
             assert tensor.untyped_storage().nbytes() == tensor.numel() * 4, key
             assert tensor.size(1) == 3 and not tensor.requires_grad
@@ -89,7 +78,7 @@ def test_layers_computed_anew_for_their_gradients_change_nothing(model):
 )
 @pytest.mark.parametrize(
     "model",
-    [pytest.param(name, marks=() if name == "min_gru" else pytest.mark.long) for name in MODELS],
+    [pytest.param(name, marks=() if name == "min_rnn, min_gru" else pytest.mark.long) for name in MODELS],
     indirect=True,
 )
 def test_compiled_layers_compute_the_same(model, monkeypatch):

@@ -5,13 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.models.min_rnn import (
-    CausalConvolution,
-    MinGRUEnwik8Config,
-    MinLSTMEnwik8Config,
-    MinRNNConfig,
-    MinRNNDecoder,
-)
+from fairseq_sha.models.family import FAMILIES
+from fairseq_sha.models.min_rnn import CausalConvolution, MinRNNConfig, MinRNNDecoder
 from tests.conftest import dictionary_of
 from tests.models.helpers import VOCABULARY, check_cuts, check_one_token_at_a_time, randomise
 
@@ -59,7 +54,7 @@ def by_hand(model, tokens):
         wide = norm(h, layer.norm_feed_forward) @ inner.weight.t() + inner.bias
         wide = wide * 0.5 * (1 + torch.erf(wide / 2**0.5))  # GELU
         h = h + wide @ outer.weight.t() + outer.bias
-    return norm(h, model.final_norm) @ model.embedding.weight.t() + model.output_bias
+    return norm(h, model.final_norm) @ model.embedding.weight.t() + model.head.bias
 
 
 def test_equals_the_block_written_out():
@@ -73,7 +68,7 @@ def test_starts_with_a_small_embedding():
     """It is the output too: logits of a new model are near 0."""
     model = decoder(width=256)
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert (model.output_bias == 0).all()
+    assert (model.head.bias == 0).all()
 
 
 def test_convolution_sees_itself_and_what_came_before():
@@ -91,8 +86,9 @@ def test_convolution_sees_itself_and_what_came_before():
     assert CausalConvolution(3, 1)(x, {})[1]["conv"].shape == (0, 2, 3)
 
 
-@pytest.mark.parametrize("cfg", [MinGRUEnwik8Config, MinLSTMEnwik8Config])
-def test_named_architectures_are_about_as_large_as_sha_rnn(cfg):
+@pytest.mark.parametrize("name", ["min_gru_enwik8", "min_lstm_enwik8"])
+def test_named_architectures_are_about_as_large_as_sha_rnn(name):
+    cfg = FAMILIES["min_rnn"].architectures[name]
     with torch.device("meta"):
         model = MinRNNDecoder(OmegaConf.structured(cfg()), dictionary_of(205))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(54, abs=5)
@@ -102,7 +98,7 @@ def test_dropout_acts_in_training_only():
     model = decoder(dropout=0.5)
     tokens = torch.randint(29, (3, 20))
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
-    assert (model.embed(tokens.t()) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert (model.embed(tokens.t(), training=True) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
     model.eval()
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 

@@ -5,14 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
-from fairseq_sha.models.sha_rnn import (
-    SHALSTMEnwik8Config,
-    SHARNNConfig,
-    SHARNNDecoder,
-    SHARNNEnwik8Config,
-    SHARNNEnwik8FullConfig,
-)
+from fairseq_sha.models.family import FAMILIES
+from fairseq_sha.models.sha_rnn import SHARNNConfig, SHARNNDecoder
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 from tests.models.helpers import VOCABULARY, check_one_token_at_a_time, randomise
@@ -69,14 +63,15 @@ def test_equals_published_code(name, training):
 
 
 @pytest.mark.parametrize(
-    "cfg, millions, uncollapsed_millions",
+    "name, millions, uncollapsed_millions",
     [
-        (SHALSTMEnwik8Config, 50.62, 50.62),
-        (SHARNNEnwik8Config, 51.67, 53.77),
-        (SHARNNEnwik8FullConfig, 54.85, 63.25),
+        ("sha_lstm_enwik8", 50.62, 50.62),
+        ("sha_rnn_enwik8", 51.67, 53.77),
+        ("sha_rnn_enwik8_full", 54.85, 63.25),
     ],
 )
-def test_parameter_counts_of_the_paper(cfg, millions, uncollapsed_millions):
+def test_parameter_counts_of_the_paper(name, millions, uncollapsed_millions):
+    cfg = FAMILY.architectures[name]
     for collapse, expected in ((True, millions), (False, uncollapsed_millions)):
         with torch.device("meta"):
             model = SHARNNDecoder(OmegaConf.structured(cfg(collapse=collapse)), dictionary_of(205))
@@ -116,12 +111,27 @@ def test_generation_follows_the_order_of_beams():
     torch.testing.assert_close(logits[:, 0], expected[:, -1])
 
 
+def test_segment_longer_than_the_window_sees_no_more_than_it():
+    """It gives what segments of the window's length give."""
+    model = randomise(decoder(attention_layers=[1, 3], window=8)).eval()
+    keys = []
+    for layer in (1, 3):
+        model.layers[layer].attention.register_forward_pre_hook(
+            lambda _, inputs: keys.append(len(inputs[1]) + len(inputs[2] if inputs[2] is not None else ()))
+        )
+    tokens = torch.randint(29, (2, 40))
+    whole = model(tokens)[0]
+    assert max(keys) == 8
+    pieces = [model(tokens[:, i : i + 8], segment=f"valid:1:{i // 8}")[0] for i in range(0, 40, 8)]
+    torch.testing.assert_close(whole, torch.cat(pieces, 1))
+
+
 def test_memory_is_bounded_by_the_window_and_detached():
     model = decoder(attention_layers=[2], window=10)
     for index in range(4):
         logits, _ = model(torch.randint(29, (2, 7)), segment=f"train:1:{index}")
         logits.sum().backward()  # would fail through the graph of the segment before
-        kept = model.carried._kept["train", True].after
+        kept = model.carried._latest["train", True].state
         assert len(kept[2]["memory"]) == min(7 * (index + 1), 10)
         assert not any(tensor.requires_grad for layer in kept for tensor in layer.values())
 
@@ -177,7 +187,7 @@ def test_starts_as_the_published_code_does():
             for parameter in module.parameters():
                 assert 0.9 < parameter.abs().max() * width**0.5 <= 1
     head = model.layers[1].attention
-    for gate in (head.query_gate, head.key_gate, head.value_gate.seed, model.output_bias):
+    for gate in (head.query_gate, head.key_gate, head.value_gate.seed, model.head.bias):
         assert (gate == 0).all()
 
 
@@ -237,7 +247,7 @@ def test_dropout_falls_where_the_paper_has_it(monkeypatch):
 
 def test_embedding_dropout_drops_whole_rows():
     model = decoder(dropout_embedding=0.5)
-    embedded = model.embed(torch.arange(29).repeat(4, 1))
+    embedded = model.embed(torch.arange(29).repeat(4, 1), training=True)
     zero = (embedded == 0).all(-1)
     assert zero.any() and not zero.all()
     assert (zero == zero[:1]).all()  # the same rows wherever the token stands

@@ -5,13 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
-from fairseq_sha.models.srupp import (
-    SRUppConfig,
-    SRUppDecoder,
-    SRUppEnwik8BaseConfig,
-    SRUppEnwik8LargeConfig,
-)
+from fairseq_sha.models.family import FAMILIES
+from fairseq_sha.models.srupp import SRUppConfig, SRUppDecoder
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
@@ -62,9 +57,10 @@ def test_equals_published_code(name):
 
 
 @pytest.mark.parametrize(
-    "cfg, millions", [(SRUppEnwik8BaseConfig, 108), (SRUppEnwik8LargeConfig, 195)]
+    "name, millions", [("srupp_enwik8_base", 108), ("srupp_enwik8_large", 195)]
 )
-def test_parameter_counts_of_the_paper(cfg, millions):
+def test_parameter_counts_of_the_paper(name, millions):
+    cfg = FAMILY.architectures[name]
     with torch.device("meta"):
         model = SRUppDecoder(OmegaConf.structured(cfg()), dictionary_of(205))
     count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -88,7 +84,7 @@ def test_memory_is_the_segment_before_in_training_and_bounded_in_evaluation():
             logits, _ = model(torch.randint(29, (2, length)), segment=f"train:1:{index}")
             if training:
                 logits.sum().backward()  # would fail through the graph of the segment before
-            kept = model.carried._kept["train", training].after
+            kept = model.carried._latest["train", training].state
             assert [len(layer["memory"]) for layer in kept] == [expected[index]] * 3
             assert not any(t.requires_grad for layer in kept for t in layer.values())
 
@@ -122,10 +118,10 @@ def test_initial_weights_are_the_published_ones():
         (layer.project.weight, (6 / (256 + 64)) ** 0.5),
         (layer.expand.weight, 0.9 * (6 / (3 * 256 + 64)) ** 0.5),
         (model.embedding.weight, (3 / 256) ** 0.5),
-        (model.output_weight, (3 / 256) ** 0.5),
+        (model.head.weight, (3 / 256) ** 0.5),
     ):
         assert 0.95 * bound < weight.abs().max() <= bound
-    assert not model.output_bias.any()
+    assert not model.head.bias.any()
 
 
 @pytest.mark.parametrize(

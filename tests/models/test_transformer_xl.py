@@ -5,14 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
-from fairseq_sha.models.transformer_xl import (
-    TransformerXLConfig,
-    TransformerXLDecoder,
-    TransformerXLEnwik8Layers12Config,
-    TransformerXLEnwik8Layers18Config,
-    TransformerXLEnwik8Layers24Config,
-)
+from fairseq_sha.models.family import FAMILIES
+from fairseq_sha.models.transformer_xl import TransformerXLConfig, TransformerXLDecoder
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
 from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
@@ -57,14 +51,15 @@ def test_equals_published_code(name, training):
 
 
 @pytest.mark.parametrize(
-    "cfg, millions",
+    "name, millions",
     [
-        (TransformerXLEnwik8Layers12Config, 41),
-        (TransformerXLEnwik8Layers18Config, 88),
-        (TransformerXLEnwik8Layers24Config, 277),
+        ("transformer_xl_enwik8_12l", 41),
+        ("transformer_xl_enwik8_18l", 88),
+        ("transformer_xl_enwik8_24l", 277),
     ],
 )
-def test_parameter_counts_of_the_paper(cfg, millions):
+def test_parameter_counts_of_the_paper(name, millions):
+    cfg = FAMILY.architectures[name]
     with torch.device("meta"):
         model = TransformerXLDecoder(OmegaConf.structured(cfg()), dictionary_of(205))
     count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -99,7 +94,7 @@ def by_hand(model, tokens):
                 mixed[i, rows] = scores.softmax(0) @ values
         h = layer.norm_attention(h + attention.output(mixed))
         h = layer.norm_feed_forward(h + layer.feed_forward(h, False))
-    return model.output_layer(h)
+    return model.head.logits(h)
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(clamp_len=3), dict(same_length=True, mem_len=5)])
@@ -126,7 +121,7 @@ def test_memory_is_bounded_and_detached(mem_len):
     for index in range(4):
         logits, _ = model(torch.randint(29, (2, 7)), segment=f"train:1:{index}")
         logits.sum().backward()  # would fail through the graph of the segment before
-        kept = model.carried._kept["train", True].after
+        kept = model.carried._latest["train", True].state
         assert [len(layer["memory"]) for layer in kept] == [min(7 * (index + 1), mem_len)] * 2
         assert not any(layer["memory"].requires_grad for layer in kept)
         for layer in kept:  # no rows behind a view
@@ -173,7 +168,7 @@ def test_initial_weights_have_the_published_spread():
     drawn += [model.embedding.weight, model.content_bias, model.position_bias, norms - 1]
     for tensor in drawn:
         assert tensor.std().item() == pytest.approx(0.02, rel=0.1)
-    assert not linear.bias.any() and not model.output_bias.any()
+    assert not linear.bias.any() and not model.head.bias.any()
 
 
 @pytest.mark.parametrize(

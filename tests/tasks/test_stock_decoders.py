@@ -69,6 +69,25 @@ def test_evaluation_counts_every_token_once(
     assert 1 < float(re.search(r"Loss \(base 2\): ([0-9.]+)", log).group(1)) < 4
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_context_window_slides_over_every_token_once(data, run, monkeypatch, caplog, batch_size):
+    """Every token has at least the context, so that the score improves and does not depend on the
+    batch size."""
+
+    def evaluate(*options):
+        options = [*options, "--tokens-per-sample", 40, "--gen-subset", "test", "--cpu"]
+        path = run[0] / "checkpoint_last.pt"
+        log = in_process("eval_lm", monkeypatch, caplog, data, "--path", path, *options)
+        assert f"Evaluated {TEST_BYTES - 1:,} tokens" in log
+        return log, float(re.search(r"Loss \(base 2\): ([0-9.]+)", log).group(1))
+
+    _, without = evaluate("--batch-size", 1)
+    log, slid = evaluate("--batch-size", batch_size, "--context-window", 33)
+    assert "sliding window, context of at least 33, stride 7" in log
+    _, expected = evaluate("--batch-size", 3, "--context-window", 33)
+    assert slid == expected != without
+
+
 def test_segments_longer_than_the_model_can_read_are_refused(data, run, monkeypatch):
     if "lstm_lm" in run[1]:
         pytest.skip("as the Transformer")
@@ -81,7 +100,7 @@ def test_segments_longer_than_the_model_can_read_are_refused(data, run, monkeypa
 def test_streams_that_have_ended_are_filled_with_tokens(tmp_path):
     """Of nothing but padding, a Transformer's gradient would not be a number."""
     corpus = Corpus(write_split(text(83), tmp_path))
-    dataset = SegmentDataset(corpus, "train", 1, 1, batch_size=3, tokens_per_sample=9, filler=2)
+    dataset = SegmentDataset(corpus, None, 1, 1, batch_size=3, tokens_per_sample=9, filler=2)
     last = dataset[len(dataset) - 1]
     assert (last["target"] == 1).all(1).any()
     assert not (last["net_input"]["src_tokens"] == 1).any()

@@ -1,0 +1,105 @@
+"""Score a split of a data folder: nats, bits per byte and perplexity, with what was counted.
+
+    fairseq-sha evaluate data-bin/enwik8 --path checkpoint.pt --split test --batch-size 8
+
+Models that carry state read segments of --tokens-per-sample tokens in --batch-size parallel streams.
+For models without state, --context-window gives each prediction at least so much context: windows
+of --tokens-per-sample tokens, in which only the tokens after the context are scored.
+"""
+
+import json
+from pathlib import Path
+
+from fairseq_sha.commands.common import add_model_arguments, check_new, load_model
+from fairseq_sha.errors import UserError
+from fairseq_sha.files import write_atomically
+
+BLOCK = 10_000  # bytes of text behind each entry of the blocks in --json
+
+
+def add_arguments(parser):
+    """Declare the options."""
+    parser.add_argument("data", help="data folder")
+    add_model_arguments(parser)
+    parser.add_argument("--split", default="test", help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        help="parallel streams, each of which starts from nothing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens-per-sample", type=int, help="tokens of a segment (default: as in training)"
+    )
+    parser.add_argument(
+        "--context-window",
+        type=int,
+        default=0,
+        help="for models without state: context of each prediction in tokens (default: none)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"write the figures, and the bits of each {BLOCK:,} bytes of text, to a file",
+    )
+
+
+def run(args):
+    """Evaluate and print the score."""
+    if args.json:
+        check_new([args.json])
+    args.data_bin = args.data_bin or args.data
+    trained = load_model(args)
+    score, costs, sizes = evaluate_split(trained, args)
+    print(f"{args.split}: {score}")
+    if args.json:
+        content = {
+            **score._asdict(),
+            "bits_per_byte": score.bits_per_byte,
+            "block_bytes": BLOCK,
+            "block_bits": bits_of_blocks(costs, sizes),
+        }
+        write_atomically(args.json, json.dumps(content) + "\n")
+
+
+def evaluate_split(trained, args):
+    """The score, the cost of each prediction in nats, and the bytes that each stands for."""
+    from fairseq_sha.evaluation.evaluate import evaluate
+
+    task, model = trained.task, trained.models[0]
+    length = args.tokens_per_sample or task.cfg.tokens_per_sample
+    for option, value, least in (
+        ("batch-size", args.batch_size, 1),
+        ("tokens-per-sample", length, 1),
+        ("context-window", args.context_window, 0),
+    ):
+        if value < least:
+            raise UserError(f"--{option} {value}: must be at least {least}")
+    if args.context_window >= length:
+        raise UserError(
+            f"--context-window {args.context_window}: leaves nothing to score of "
+            f"--tokens-per-sample {length}, which includes it; raise that"
+        )
+    task.load_dataset(args.split)
+    corpus = task.dataset(args.split)
+    policy = task.evaluation_policy(
+        args.batch_size, length - args.context_window, args.context_window
+    )
+    score, costs = evaluate(model, corpus, args.split, task.codec, policy, progress=True)
+    return score, costs, task.codec.bytes_per_token()[corpus.tokens[1:]]
+
+
+def bits_of_blocks(costs, sizes):
+    """Bits of each stretch of ``BLOCK`` bytes of text, a token counting where it ends; the last
+    stretch may be shorter.
+
+    Args:
+        costs (ndarray): in nats, ``[N]``
+        sizes (ndarray): bytes that each token stands for, ``[N]``
+    """
+    import numpy as np
+
+    block = (np.cumsum(sizes) - 1) // BLOCK
+    bits = np.bincount(block, weights=costs / np.log(2))
+    return [round(float(value), 3) for value in bits]

@@ -1,0 +1,94 @@
+"""The one loop that reads a text for a score."""
+
+import math
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+
+
+class Score(NamedTuple):
+    """What a text cost, and how it was read."""
+
+    nats: float  # in all
+    tokens: int
+    bytes: int  # of the original text
+    words: Optional[int]  # None if the codec does not know words
+    policy: str
+
+    @property
+    def bits_per_byte(self):
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def perplexity(self):
+        """Per token."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def perplexity_per_word(self):
+        return None if self.words is None else math.exp(self.nats / self.words)
+
+    def __str__(self):
+        figures = [
+            f"{self.nats / self.tokens:.4f} nats per token",
+            f"{self.bits_per_byte:.4f} bits per byte",
+            f"perplexity {self.perplexity:,.3f} per token",
+        ]
+        counted = [f"{self.tokens:,} tokens", f"{self.bytes:,} bytes"]
+        if self.words is not None:
+            figures.append(f"{self.perplexity_per_word:,.3f} per word")
+            counted.append(f"{self.words:,} words")
+        return f"{', '.join(figures)} ({', '.join(counted)}; {self.policy})"
+
+
+def evaluate(model, corpus, split, codec, policy, progress=False):
+    """Read a split.
+
+    Args:
+        model (~fairseq.models.FairseqLanguageModel): in evaluation mode
+        corpus (Corpus): the split: any object with ``tokens``, and as its length the number of its
+            predictions
+        split (str): its name
+        codec (~fairseq_sha.data.codecs.Codec): what its tokens stand for
+        policy (Carried or Sliding): how it is read
+        progress (bool): whether to show progress on standard error
+
+    Returns:
+        the :class:`Score`, and the cost of each prediction in nats, float32 ``[len(corpus)]``
+    """
+    batches = policy.batches(corpus, split, codec)
+    costs = np.full(len(corpus), np.nan, dtype=np.float32)
+    total = dict.fromkeys(("ntokens", "nbytes", "nwords"), 0)
+    nats = 0.0
+    with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=not progress) as bar:
+        for index in range(len(batches)):
+            batch = batches[index]
+            losses = token_losses(model, batch).double().cpu().numpy()
+            for row, (first, context, count) in enumerate(batches.rows(index)):
+                scored = losses[row, context : context + count]
+                costs[first : first + count] = scored
+                nats += float(scored.sum())
+            for key in total:
+                total[key] += batch.get(key, 0)
+            bar.update(batch["ntokens"])
+    words = total["nwords"] if codec.counts_words else None
+    return Score(nats, total["ntokens"], total["nbytes"], words, str(policy)), costs
+
+
+@torch.no_grad()
+def token_losses(model, batch):
+    """The cost of each target of a batch in nats, ``[B, T]``; those of padding mean nothing."""
+    device = next(model.parameters()).device
+    net_input = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch["net_input"].items()
+    }
+    targets = batch["target"].to(device)
+    if isinstance(model.decoder, SegmentDecoder):
+        return model(**net_input, targets=targets)[0]
+    log_probs = model.get_normalized_probs(model(**net_input), log_probs=True)
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
