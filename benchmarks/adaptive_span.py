@@ -27,9 +27,9 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from timing import arguments, describe_machine
 
+from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.errors import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.models.adaptive_span import AdaptiveSpanConfig, AdaptiveSpanDecoder
 
 STEPS = 5  # timed in each process, after two to warm up

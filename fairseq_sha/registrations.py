@@ -13,26 +13,25 @@ from types import ModuleType
 from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
+from fairseq_sha.models.family import FAMILIES
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = __name__.partition(".")[0]
+TASKS = ("segment_language_modeling", "byte_language_modeling")
 
 
 def taken_names():
     """Names of this package's models and tasks that another plug-in registered before: a dict of
-    name to the other's module.
-
-    fairseq gives the later class the place of the earlier one in the module that defines it, so
-    that a module here holds a class that was registered elsewhere.
-    """
-    taken = {}
-    for module_name, module in sorted(sys.modules.items()):
-        if not module_name.startswith((f"{PACKAGE}.models.", f"{PACKAGE}.tasks.")):
-            continue
-        for name, cls in _registered_classes_in(module):
-            if cls.__module__.partition(".")[0] not in (PACKAGE, "fairseq"):
-                taken[name] = cls.__module__
-    return taken
+    name to the other's module."""
+    models = [name for f in FAMILIES.values() for name in (f.name, *f.architectures)]
+    registered = [(name, MODEL_REGISTRY[name]) for name in models]
+    registered += [(name, TASK_REGISTRY[name]) for name in TASKS if name in TASK_REGISTRY]
+    return {
+        name: cls.__module__
+        for name, cls in registered
+        if cls.__module__.partition(".")[0] != PACKAGE
+    }
 
 
 def lost_names():

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairseq_sha import UserError, errors
+from fairseq_sha.commands.import_weights import read_symbols, read_weights
 from fairseq_sha.data.byte_dictionary import ByteDictionary
 from fairseq_sha.data.corpus import Corpus
-from fairseq_sha.commands.import_weights import read_symbols, read_weights
 from fairseq_sha.models.sha_rnn import SHARNN
 from tests.commands import REPOSITORY, command
 from tests.options import FAMILIES, SHA_RNN

@@ -28,7 +28,9 @@ def in_process(module, monkeypatch, caplog, *argv):
     caplog.clear()
     user_dir = ["--user-dir", str(REPOSITORY / "fairseq_sha")]
     task = ["--task", "byte_language_modeling"]
-    monkeypatch.setattr(sys, "argv", ["fairseq", *map(str, argv), *user_dir, *task])
+    # Worker processes of torch end seconds after their work where they are forked from tests.
+    argv = ["fairseq", *map(str, argv), *user_dir, *task, "--num-workers", "0"]
+    monkeypatch.setattr(sys, "argv", argv)
     __import__(f"fairseq_cli.{module}")
     with caplog.at_level("INFO"):
         sys.modules[f"fairseq_cli.{module}"].cli_main()

@@ -12,8 +12,8 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
 from fairseq_sha import UserError
-from fairseq_sha.data.byte_dictionary import ByteDictionary
 from fairseq_sha.commands.import_weights import import_weights, read_symbols
+from fairseq_sha.data.byte_dictionary import ByteDictionary
 from tests.conftest import golden_cases
 from tests.models import golden
 from tests.test_commands import REPOSITORY, RunsCode, in_process

@@ -2,9 +2,9 @@
 
     fairseq-sha evaluate data-bin/enwik8 --path checkpoint.pt --split test --batch-size 8
 
-Models that carry state read segments of --tokens-per-sample tokens in --batch-size parallel streams.
-For models without state, --context-window gives each prediction at least so much context: windows
-of --tokens-per-sample tokens, in which only the tokens after the context are scored.
+Models that carry state read segments of --tokens-per-sample tokens in --batch-size parallel
+streams. For models without state, --context-window gives each prediction at least so much context:
+windows of --tokens-per-sample tokens, in which only the tokens after the context are scored.
 """
 
 import json

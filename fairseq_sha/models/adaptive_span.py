@@ -16,6 +16,7 @@ from fairseq_sha.checks import (
 )
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.family import Size, Tiny, register_family
+from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import dropout, masked_softmax, next_memory, skew
@@ -228,6 +229,51 @@ def check(cfg):
     require_dropouts(cfg, "dropout")
 
 
+def _sizes(weights):
+    spans = "layers.0.attn.attn.adaptive_span._mask.current_val"
+    return {
+        "width": shape_of(weights, "in_emb.weight", 2)[1],
+        "num_layers": num_layers(weights, "layers"),
+        "n_head": shape_of(weights, spans, 3)[0],
+        "d_inner": shape_of(weights, "layers.0.ff.fc1.weight", 2)[0],
+        "attn_span": shape_of(weights, "key_pe", 3)[2],
+    }
+
+
+def _constant(name, weights):
+    """The distances that masks are computed from are saved, but not trained."""
+    if not name.endswith("adaptive_span._mask.mask_template"):
+        return None
+    return torch.arange(1.0 - weights[name].numel(), 1.0)
+
+
+#: Weights of the published code, github.com/facebookresearch/adaptive-span.
+PUBLISHED = PublishedWeights(
+    layer_prefix="layers",
+    whole_names={
+        "key_pe": "key_positions",
+        "in_emb.weight": "embedding.weight",
+        "out_emb.weight": "head.weight",
+        "out_emb.bias": "head.bias",
+    },
+    layer_names={
+        "attn.attn.adaptive_span._mask.current_val": "attention.span",
+        "attn.proj_query": "attention.query",
+        "attn.proj_key": "attention.key",
+        "attn.proj_val": "attention.value",
+        "attn.proj_out": "attention.output",
+        "ff.fc1": "feed_forward.linear1",
+        "ff.fc2": "feed_forward.linear2",
+        "norm1": "norm_attention",
+        "norm2": "norm_feed_forward",
+    },
+    vocabulary=("embedding.weight", "head.weight", "head.bias"),
+    settings=("n_head", "attn_span", "adapt_span_ramp"),
+    sizes=_sizes,
+    constant=_constant,
+    singletons=r"^key_pe$|\.current_val$",
+)
+
 ARCHITECTURES = {
     # The paper's 12 layers, 39M parameters.
     "adaptive_span_enwik8": {},
@@ -268,7 +314,7 @@ TINY = Tiny(
 )
 
 
-@register_family("adaptive_span", AdaptiveSpanConfig, ARCHITECTURES, TINY)
+@register_family("adaptive_span", AdaptiveSpanConfig, ARCHITECTURES, TINY, PUBLISHED)
 class AdaptiveSpan(SegmentLanguageModel):
     """The model family."""
 

@@ -4,9 +4,9 @@ import re
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
-from fairseq.models import MODEL_REGISTRY, register_model
+from fairseq.models import register_model
 
-from fairseq_sha.errors import UserError
+from fairseq_sha.models.published_weights import PublishedWeights
 
 
 class Size(NamedTuple):
@@ -49,7 +49,7 @@ class Family:
     config: type
     architectures: Dict[str, type]
     tiny: Tiny
-    published: Optional[Any] = None
+    published: Optional[PublishedWeights] = None
 
 
 #: All families by name, in the order of their registration.
@@ -72,28 +72,17 @@ def register_family(name, config, architectures, tiny, published=None):
     """
 
     def register(model):
-        _register(name, model, config)
+        register_model(name, dataclass=config)(model)
         configs = {}
         for architecture, sizes in architectures.items():
             class_name = "".join(part.capitalize() for part in architecture.split("_"))
             configs[architecture] = _with_defaults(f"{class_name}Config", config, sizes)
             subclass = type(class_name, (model,), {"__module__": model.__module__})
-            _register(architecture, subclass, configs[architecture])
+            register_model(architecture, dataclass=configs[architecture])(subclass)
         FAMILIES[name] = Family(name, model, config, configs, tiny, published)
         return model
 
     return register
-
-
-def _register(name, model, config):
-    # fairseq says nothing if the name is taken, and goes on with the other model.
-    taken = MODEL_REGISTRY.get(name)
-    if taken is not None:
-        raise UserError(
-            f"--arch {name}: {taken.__module__} has registered a model under this name already; "
-            "import only one of the two plug-ins"
-        )
-    register_model(name, dataclass=config)(model)
 
 
 def _with_defaults(name, config, sizes):

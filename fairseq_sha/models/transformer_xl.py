@@ -11,6 +11,7 @@ from torch import nn
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.family import Size, Tiny, register_family
+from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import attend, causal_relative_bias, dropout, next_memory
@@ -223,6 +224,52 @@ def check(cfg):
     require_dropouts(cfg, "dropout", "dropatt")
 
 
+def _sizes(weights):
+    tied = "word_emb.emb_layers.0.weight", "crit.out_layers.0.weight"
+    _, width = shape_of(weights, tied[tied[1] in weights and tied[0] not in weights], 2)
+    n_head, d_head = shape_of(weights, "r_w_bias", 2)
+    return {
+        "width": width,
+        "num_layers": num_layers(weights, "layers"),
+        "n_head": n_head,
+        "d_head": 0 if n_head * d_head == width else d_head,
+        "d_inner": shape_of(weights, "layers.0.pos_ff.CoreNet.0.weight", 2)[0],
+    }
+
+
+def _constant(name, weights):
+    """The frequencies of the position embeddings are saved, but not trained."""
+    if name != "pos_emb.inv_freq":
+        return None
+    width = _sizes(weights)["width"]
+    return 10000 ** -(torch.arange(0, width, 2, dtype=torch.float) / width)
+
+
+#: Weights of the published code, github.com/kimiyoung/transformer-xl (PyTorch).
+PUBLISHED = PublishedWeights(
+    layer_prefix="layers",
+    whole_names={
+        "word_emb.emb_layers.0.weight": "embedding.weight",
+        "crit.out_layers.0.weight": "embedding.weight",
+        "crit.out_layers.0.bias": "head.bias",
+        "r_w_bias": "content_bias",
+        "r_r_bias": "position_bias",
+    },
+    layer_names={
+        "dec_attn.qkv_net": "attention.query_key_value",
+        "dec_attn.r_net": "attention.position",
+        "dec_attn.o_net": "attention.output",
+        "dec_attn.layer_norm": "norm_attention",
+        "pos_ff.CoreNet.0": "feed_forward.linear1",
+        "pos_ff.CoreNet.3": "feed_forward.linear2",
+        "pos_ff.layer_norm": "norm_feed_forward",
+    },
+    vocabulary=("embedding.weight", "head.bias"),
+    settings=("n_head", "mem_len", "clamp_len", "same_length"),
+    sizes=_sizes,
+    constant=_constant,
+)
+
 ARCHITECTURES = {
     # The paper's 41M parameters.
     "transformer_xl_enwik8_12l": {},
@@ -256,7 +303,7 @@ TINY = Tiny(
 )
 
 
-@register_family("transformer_xl", TransformerXLConfig, ARCHITECTURES, TINY)
+@register_family("transformer_xl", TransformerXLConfig, ARCHITECTURES, TINY, PUBLISHED)
 class TransformerXL(SegmentLanguageModel):
     """The model family."""
 

@@ -1,6 +1,9 @@
 """How a model is checked against numbers of the published implementations."""
 
 import torch
+from omegaconf import OmegaConf
+
+from tests.conftest import dictionary_of
 
 
 def parameters(case):
@@ -8,19 +11,29 @@ def parameters(case):
     return {k[len("param/") :]: v for k, v in case.items() if k.startswith("param/")}
 
 
-def load(model, case, family):
-    """Give ``model`` the case's parameters; ``family`` is one of ``FAMILIES``."""
+def build(family, decoder, case, **fields):
+    """A decoder with the parameters and the sizes of a golden case.
+
+    Args:
+        family (Family): of :mod:`fairseq_sha.models.family`
+        decoder (type): its decoder
+        case (dict): of ``golden_cases``
+        **fields: of the config, which no shape shows
+    """
+    weights = family.published.prepare(parameters(case))
+    no_dropout = {name: 0.0 for name in vars(family.config()) if name.startswith("drop")}
+    cfg = family.config(**{**no_dropout, **family.published.sizes(weights), **fields})
+    ours = {family.published.our_name(name): value for name, value in weights.items()}
+    model = decoder(OmegaConf.structured(cfg), dictionary_of(len(ours["embedding.weight"])))
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    weights = family.prepare(parameters(case))
-    named = [(family.our_name(name), value) for name, value in weights.items()]
-    model.load_state_dict({name: v.reshape(shapes[name]) for name, v in named if name in shapes})
+    model.load_state_dict({n: v.reshape(shapes[n]) for n, v in ours.items() if n in shapes})
     return model
 
 
 def segments(tokens, lengths):
     """Inputs and targets of each segment, ``[B, T]``, of ``tokens [B, total]``."""
     start = 0
-    for length in map(int, lengths):
+    for length in lengths.flatten().tolist():
         piece = tokens[:, start : start + length + 1].long()
         yield piece[:, :-1], piece[:, 1:]
         start += length
@@ -37,7 +50,10 @@ def token_losses(logits, targets):
 def check_gradients(model, case, family):
     """Each gradient within 1e-3 of its largest reference value; the same set of them."""
     expected = {k[len("grad/") :]: v for k, v in case.items() if k.startswith("grad/")}
-    expected = {family.our_name(name): v for name, v in family.prepare(expected).items()}
+    expected = {
+        family.published.our_name(name): value
+        for name, value in family.published.prepare(expected).items()
+    }
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert set(expected) == set(gradients)
     for name, gradient in gradients.items():

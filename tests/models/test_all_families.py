@@ -78,7 +78,10 @@ def test_layers_computed_anew_for_their_gradients_change_nothing(model):
 )
 @pytest.mark.parametrize(
     "model",
-    [pytest.param(name, marks=() if name == "min_rnn, min_gru" else pytest.mark.long) for name in MODELS],
+    [
+        pytest.param(name, marks=() if name == "min_rnn, min_gru" else pytest.mark.long)
+        for name in MODELS
+    ],
     indirect=True,
 )
 def test_compiled_layers_compute_the_same(model, monkeypatch):

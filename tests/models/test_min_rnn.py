@@ -98,7 +98,9 @@ def test_dropout_acts_in_training_only():
     model = decoder(dropout=0.5)
     tokens = torch.randint(29, (3, 20))
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
-    assert (model.embed(tokens.t(), training=True) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert (model.embed(tokens.t(), training=True) == 0).float().mean() == pytest.approx(
+        0.5, abs=0.1
+    )
     model.eval()
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 

@@ -25,17 +25,7 @@ def decoder(vocabulary=29, **fields):
 
 
 def golden_decoder(case):
-    params = golden.parameters(case)
-    vocabulary, width = params["encoder.weight"].shape
-    model = decoder(
-        vocabulary,
-        width=width,
-        window=int(case["window"]),
-        attention_layers=[int(i) for i in case["attention_layers"]],
-        num_layers=1 + max(int(name.split(".")[1]) for name in params if "blocks" in name),
-        boom_multiple=len(params["blocks.0.ff.linear1.weight"]) // width,
-    )
-    return golden.load(model, case, FAMILY)
+    return golden.build(FAMILY, SHARNNDecoder, case, window=int(case["window"]))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,12 +44,12 @@ def test_equals_published_code(name, training):
 
     golden.check_gradients(model, case, FAMILY)
     state = model.carried.training_state()["state"] if training else None
-    for layer, left in enumerate(state or []):
+    for layer, kept in enumerate(state or []):
         for key in ("h", "c"):
-            torch.testing.assert_close(left[key], case[f"hidden/{layer}/{key}"], atol=1e-4, rtol=0)
-        assert ("memory" in left) == (f"memory/{layer}" in case)
-        if "memory" in left:
-            torch.testing.assert_close(left["memory"], case[f"memory/{layer}"], atol=1e-4, rtol=0)
+            torch.testing.assert_close(kept[key], case[f"hidden/{layer}/{key}"], atol=1e-4, rtol=0)
+        assert ("memory" in kept) == (f"memory/{layer}" in case)
+        if "memory" in kept:
+            torch.testing.assert_close(kept["memory"], case[f"memory/{layer}"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +107,9 @@ def test_segment_longer_than_the_window_sees_no_more_than_it():
     keys = []
     for layer in (1, 3):
         model.layers[layer].attention.register_forward_pre_hook(
-            lambda _, inputs: keys.append(len(inputs[1]) + len(inputs[2] if inputs[2] is not None else ()))
+            lambda _, inputs: keys.append(
+                len(inputs[1]) + len(inputs[2] if inputs[2] is not None else ())
+            )
         )
     tokens = torch.randint(29, (2, 40))
     whole = model(tokens)[0]

@@ -22,20 +22,13 @@ def decoder(vocabulary=29, **fields):
 
 
 def golden_decoder(case):
-    params = golden.parameters(case)
-    vocabulary, width = params["embedding_layer.weight"].shape
-    return golden.load(
-        decoder(
-            vocabulary,
-            width=width,
-            projection=len(params["rnn.rnn_lst.0.transform_module.linear1.weight"]),
-            num_layers=1 + max(int(k.split(".")[2]) for k in params if "rnn_lst" in k),
-            n_head=int(case["setting/n_head"]),
-            attn_every_n_layers=int(case["setting/attn_every_n_layers"]),
-            layer_norm=bool(case["setting/layer_norm"]),
-        ),
-        case,
+    return golden.build(
         FAMILY,
+        SRUppDecoder,
+        case,
+        n_head=int(case["setting/n_head"]),
+        attn_every_n_layers=int(case["setting/attn_every_n_layers"]),
+        layer_norm=bool(case["setting/layer_norm"]),
     )
 
 

@@ -25,19 +25,14 @@ def decoder(vocabulary=29, **fields):
 @pytest.mark.parametrize("training", [True, False])
 def test_equals_published_code(name, training):
     case = CASES[name]
-    params = golden.parameters(case)
-    vocabulary, width = params["word_emb.emb_layers.0.weight"].shape
-    model = decoder(
-        vocabulary,
-        width=width,
-        num_layers=1 + max(int(key.split(".")[1]) for key in params if "layers." in key[:7]),
-        n_head=int(case["setting/n_head"]),
-        d_inner=len(params["layers.0.pos_ff.CoreNet.0.weight"]),
+    model = golden.build(
+        FAMILY,
+        TransformerXLDecoder,
+        case,
         mem_len=int(case["setting/mem_len"]),
         clamp_len=max(int(case["setting/clamp_len"]), 0),
         same_length=bool(case["setting/same_length"]),
-    )
-    golden.load(model, case, FAMILY).train(training)
+    ).train(training)
     pieces = golden.segments(case["tokens"].t(), case["segments"])
     for i, (tokens, targets) in enumerate(pieces):
         with torch.no_grad():  # the fused form
