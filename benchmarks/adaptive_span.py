@@ -27,10 +27,10 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 from timing import arguments, describe_machine
 
-from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.adaptive_span import AdaptiveSpanConfig, AdaptiveSpanDecoder
+from fairseq_sha.models.family import FAMILIES
 
 STEPS = 5  # timed in each process, after two to warm up
 
@@ -82,7 +82,9 @@ def build(args):
     own = dict(ours.named_parameters())
     with torch.no_grad():
         for reference, value in theirs.named_parameters():
-            value.copy_(own[FAMILIES["adaptive_span"].our_name(reference)].reshape(value.shape))
+            value.copy_(
+                own[FAMILIES["adaptive_span"].published.our_name(reference)].reshape(value.shape)
+            )
     return ours.train(), theirs
 
 
@@ -98,14 +100,13 @@ def steps(args, ours, theirs):
     state = None
     with torch.no_grad():
         for piece in before:
-            _, state = ours.read(piece.t(), state)
+            _, state = ours.read(piece.t(), state, training=True)
     cache = [layer["cache"].transpose(0, 1).contiguous() for layer in state]
 
     def our_loss():
-        features, _ = ours.read(tokens.t(), state)
-        logits = ours.output_layer(features).transpose(0, 1)
-        spans = ours.extra()["auxiliary_losses"]["span_loss"]
-        return F.cross_entropy(logits.flatten(0, 1), targets) + spans
+        features, _ = ours.read(tokens.t(), state, training=True)
+        losses = ours.head.losses(features.transpose(0, 1), targets.view_as(tokens))
+        return losses.mean() + ours.auxiliary_losses(None, None)["span_loss"]
 
     def their_loss():
         log_probabilities = theirs(x=tokens, h_cache=cache)[0]

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from models import build, random_tokens, steady_state
 from timing import arguments, describe_machine, measure
 
@@ -61,11 +60,11 @@ def training_step(sizes, threads, repeats):
     section = {"_name": "sha_rnn_small", "width": sizes["width"], "window": sizes["window"]}
     decoder = build(section).decoder.train()
     tokens, targets = (random_tokens(sizes["length"], sizes["streams"]) for _ in range(2))
-    state = steady_state(decoder, tokens, sizes["window"] - sizes["length"])
+    state = steady_state(decoder, tokens)
 
     def step():
-        features, _ = decoder.read(tokens, state)
-        F.cross_entropy(decoder.output_layer(features).flatten(0, 1), targets.flatten()).backward()
+        features, _ = decoder.read(tokens, state, training=True)
+        decoder.head.losses(features, targets).mean().backward()
         decoder.zero_grad()
 
     times = measure({"step": step}, repeats)["step"]

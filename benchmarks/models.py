@@ -10,11 +10,21 @@ from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
 import fairseq_sha
+from fairseq_sha import compatibility
+from fairseq_sha.models.family import FAMILIES
 
 fairseq_sha.register()
+compatibility.flush_denormals()  # as in training
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SYMBOLS = 204  # byte values, as many as enwik8's
+
+
+def configs(folder):
+    """Names of the configs in a folder of ``examples/`` whose model is one of ours."""
+    ours = {name for f in FAMILIES.values() for name in (f.name, *f.architectures)}
+    names = [f"{folder}/{path.stem}" for path in sorted((EXAMPLES / folder).glob("*.yaml"))]
+    return [name for name in names if settings(name)["model"]["_name"] in ours]
 
 
 def settings(name):
@@ -38,16 +48,16 @@ def random_tokens(length, streams, device="cpu"):
 
 
 @torch.no_grad()
-def steady_state(decoder, tokens, window):
-    """The state that a decoder has once its memory is full.
+def steady_state(decoder, tokens):
+    """The state that a decoder has once its memory is full: segments are read until the state grows
+    no more.
 
     Args:
         tokens (LongTensor): a segment, ``[T, B]``
-        window (int): rows of memory
     """
-    _, state = decoder.read(tokens, None)
-    for layer in state:
-        if "memory" in layer:
-            rows = layer["memory"]
-            layer["memory"] = rows.repeat(-(-window // len(rows)), 1, 1)[:window]
-    return state
+    state, shapes = None, None
+    while True:
+        _, state = decoder.read(tokens, state, decoder.training)
+        before, shapes = shapes, [t.shape for layer in state for t in layer.values()]
+        if shapes == before:
+            return state

@@ -19,22 +19,12 @@ import statistics
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from kernels import FLOOR, KINDS, Recording
-from models import build, random_tokens, settings, steady_state
+from models import build, configs, random_tokens, settings, steady_state
 from timing import arguments, describe_machine, measure
 
-COMPARED = [
-    *(f"head_to_head/{name}" for name in ("sha_lstm", "sha_rnn", "sha_rnn_full")),
-    *(f"head_to_head/{name}" for name in ("adaptive_span", "transformer_xl")),
-    *(f"recurrences/{name}" for name in ("srupp", "min_gru", "min_lstm", "sha_layer_norm_lstm")),
-    *(f"recurrences/{name}" for name in ("sha_sru", "sha_min_gru", "sha_min_lstm")),
-]
-PAPERS = [
-    *(f"enwik8/{name}" for name in ("sha_lstm_enwik8", "sha_rnn_enwik8", "sha_rnn_enwik8_full")),
-    *(f"enwik8/{name}" for name in ("adaptive_span_enwik8", "transformer_xl_enwik8_12l")),
-    "enwik8/srupp_enwik8_base",
-]
+COMPARED = [*configs("head_to_head"), *configs("recurrences")]
+PAPERS = configs("enwik8")
 SIZES = {  # configs, tokens and streams of a segment, and what differs from the config's model
     "demo": (COMPARED, 64, 16, {"width": 192}),
     "256": (COMPARED, 128, 16, {}),
@@ -85,13 +75,12 @@ def prepare(kind, decoder, size, config, args):
     decoder.train(kind == "training")
     tokens, targets = (random_tokens(length, streams, args.device) for _ in range(2))
     with cast:
-        state = steady_state(decoder, tokens, rows_of_memory(decoder, length))
+        state = steady_state(decoder, tokens)
 
     def train():
         with cast:
-            features, _ = decoder.read(tokens, state)
-            logits = decoder.output_layer(features)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            features, _ = decoder.read(tokens, state, training=True)
+            loss = decoder.head.losses(features, targets).mean()
         loss.backward()
         for parameter in decoder.parameters():
             parameter.grad = None
@@ -99,7 +88,7 @@ def prepare(kind, decoder, size, config, args):
     @torch.no_grad()
     def evaluate():
         with cast:
-            decoder.output_layer(decoder.read(tokens, state)[0])
+            decoder.head.logits(decoder.read(tokens, state)[0])
 
     return (train if kind == "training" else evaluate), length * streams
 
@@ -146,17 +135,6 @@ def kernels_of(run, args):
         torch.cuda.empty_cache()
         return {}, 0
     return {kind: recording.replay(kind) for kind in KINDS}, recording.flop
-
-
-def rows_of_memory(decoder, length):
-    """How many rows a layer remembers before a segment, once there are so many."""
-    layer = next((layer for layer in decoder.layers if hasattr(layer, "window")), None)
-    if layer is not None:
-        return max(layer.window - length, 0)
-    layer = decoder.layers[-1]
-    if hasattr(layer, "eval_unroll"):
-        return length if decoder.training else layer.eval_unroll
-    return getattr(layer, "mem_len", 0)
 
 
 def main(argv=None):

@@ -59,7 +59,7 @@ def transcription(decoder, tokens, state, training):
         boom = wide.view(*h.shape[:2], -1, h.size(-1)).sum(-2)
         h = layer.norm_residual(h) + drop(boom)
         new_state.append(after)
-    return F.linear(drop(h), decoder.embedding.weight, decoder.output_bias), new_state
+    return F.linear(drop(h), decoder.embedding.weight, decoder.head.bias), new_state
 
 
 def main(argv=None):
@@ -85,7 +85,7 @@ def compare_steps(width, window, length, streams, attention_layers, repeats):
     }
     decoder = build(section).decoder
     tokens, targets = (random_tokens(length, streams) for _ in range(2))
-    state = steady_state(decoder, tokens, window - length)
+    state = steady_state(decoder, tokens)
 
     def step(forward):
         def run():
@@ -129,8 +129,8 @@ def compare_steps(width, window, length, streams, attention_layers, repeats):
 
 
 def ours(decoder, tokens, state, training):
-    features, new_state = decoder.read(tokens, state)
-    return decoder.output_layer(features), new_state
+    features, new_state = decoder.read(tokens, state, training)
+    return decoder.head.logits(features), new_state
 
 
 if __name__ == "__main__":

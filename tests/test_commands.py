@@ -17,6 +17,8 @@ from tests.options import SHA_RNN
 from tests.tiny_corpus import write_folder
 
 TEST_BYTES = 833
+# The frequencies of single bytes give 3.13 bits, and those of pairs 1.83.
+LEARNED = 2.6
 
 TRAINING = f"""{SHA_RNN}
     --validate-interval-updates 7 --save-interval-updates 7 --no-epoch-checkpoints
@@ -57,11 +59,12 @@ def whole_run(data, tmp_path_factory):
 def test_training_learns_and_logs_bits_per_byte(whole_run):
     folder, output = whole_run
     bits = [float(value) for value in re.findall(r"train_inner.*?bpc=([0-9.]+)", output)]
-    assert len(bits) == 52 and bits[0] == pytest.approx(4, abs=1) and bits[-1] < 3
+    assert len(bits) == 52 and bits[0] == pytest.approx(4, abs=0.5)
     valid = re.findall(r"valid on 'valid' subset \| loss (\S+) .*?bpc (\S+)", output)
     assert len(valid) == 9  # every 7 updates, after the epoch, and at the end
     for loss, bpc in valid:
         assert float(loss) == pytest.approx(float(bpc), abs=6e-4)
+    assert float(valid[-1][1]) < LEARNED
     assert "trust_min=0.25" in output and "trust_at_bound=" in output
     assert list((folder / "tb" / "train_inner").glob("events*"))
 
@@ -125,7 +128,7 @@ def test_evaluation_counts_every_token_once(
     checkpoint = whole_run[0] / "checkpoint_last.pt"
     text = in_process("eval_lm", monkeypatch, caplog, data, "--path", checkpoint, *options)
     assert f"Evaluated {TEST_BYTES - 1:,} tokens" in text
-    assert float(re.search(r"Loss \(base 2\): ([0-9.]+)", text).group(1)) < 3
+    assert float(re.search(r"Loss \(base 2\): ([0-9.]+)", text).group(1)) < LEARNED
 
 
 def test_score_does_not_depend_on_the_segment_length_while_the_window_holds_all(
