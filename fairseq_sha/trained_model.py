@@ -1,4 +1,4 @@
-"""A trained model as its users want it: bytes in, bytes out, with no file but its checkpoint."""
+"""A trained model as its users want it: text in, text out, with no file but its checkpoint."""
 
 import contextlib
 import hashlib
@@ -7,19 +7,24 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.hub_utils import GeneratorHubInterface
-from omegaconf import open_dict
-from tqdm import tqdm
+from omegaconf import OmegaConf, open_dict
 
 import fairseq_sha
 from fairseq_sha import compatibility
-from fairseq_sha.data.codecs import ByteCodec
+from fairseq_sha.data.codecs import CODECS
 from fairseq_sha.errors import UserError
+from fairseq_sha.evaluation.evaluate import evaluate
+from fairseq_sha.evaluation.policies import Carried
+from fairseq_sha.models.segment_decoder import SegmentDecoder
+
+TASKS = ("byte_language_modeling", "segment_language_modeling")
 
 
 class TrainedModel(GeneratorHubInterface):
-    """fairseq's ``.sample()`` and ``.score()`` of text, and what reads and writes bytes.
+    """fairseq's ``.sample()`` and ``.score()`` of text, and methods that read and write bytes.
 
-    Text is one stream. Where it begins, a newline is taken for what came before.
+    A text is one stream. What a token stands for, and which token stands before the text, is the
+    codec's business.
 
     Args:
         cfg, task, models: as fairseq's ``from_pretrained`` finds them; one model
@@ -28,30 +33,32 @@ class TrainedModel(GeneratorHubInterface):
     def __init__(self, cfg, task, models):
         super().__init__(cfg, task, models)
         self.decoder = models[0].decoder
+        self.codec = task.codec
         self.dictionary = task.source_dictionary
         self.identity = None
         self.eval()
 
     @classmethod
-    def load(cls, path, data=None, cpu=False):
+    def load(cls, path, data=None, cpu=False, overrides=None):
         """The model of a checkpoint that fairseq wrote.
 
         Args:
             path (str): the checkpoint
             data (str): data folder that it was trained with, for a checkpoint without its symbols
-            cpu (bool): stay there, though there is a GPU
+            cpu (bool): use the CPU even if there is a GPU
+            overrides (dict): settings of the model to change
 
         Raises:
             OSError: the file cannot be read
-            UserError: it is no checkpoint of a model that --task byte_language_modeling trained
+            UserError: it is no checkpoint of a model that was trained with one of our tasks
         """
         fairseq_sha.register()
         compatibility.apply()  # before setup_task: the checkpoint must be loaded safely
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
         cfg = state["cfg"]
-        if cfg is None or getattr(cfg.task, "_name", None) != "byte_language_modeling":
+        if cfg is None or getattr(cfg.task, "_name", None) not in TASKS:
             raise UserError(
-                f"{path}: was not trained with --task byte_language_modeling; name one that was"
+                f"{path}: was not trained with --task {' or '.join(TASKS)}; name one that was"
             )
         with open_dict(cfg):
             cfg.common.cpu = cpu
@@ -59,14 +66,23 @@ class TrainedModel(GeneratorHubInterface):
             cfg.task.data = data or cfg.task.data
             if "collapse" in cfg.model:  # over-parameterised vectors: the same, and faster
                 cfg.model.collapse = True
-        symbols = (state.get("task_state") or {}).get("symbols")
-        if symbols and data is None:
-            task_type = tasks.get_task(cfg.task._name)
-            task = task_type(cfg.task, ByteCodec.from_symbols(symbols), from_checkpoint=True)
+            for name, value in (overrides or {}).items():
+                if name not in cfg.model:
+                    raise UserError(f"--model-overrides {name}: the model has no such setting")
+                OmegaConf.update(cfg.model, name, value)
+        saved = state.get("task_state") or {}
+        if saved.get("symbols") and data is None:
+            codec = CODECS[saved.get("codec", "bytes")].from_symbols(saved["symbols"])
+            task = tasks.get_task(cfg.task._name)(cfg.task, codec, from_checkpoint=True)
         else:
             task = tasks.setup_task(cfg.task)
-            task.load_state_dict(state.get("task_state") or {})
+            task.load_state_dict(saved)
         model = task.build_model(cfg.model, from_checkpoint=True)
+        if not isinstance(model.decoder, SegmentDecoder):
+            raise UserError(
+                f"{path}: --arch {cfg.model._name} is not a model of fairseq_sha; use "
+                "fairseq-eval-lm or fairseq-interactive"
+            )
         identity = digest(state["model"], cfg.model, task.source_dictionary.symbols)
         with threads(1):  # what is computed from the weights must not depend on their number
             model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
@@ -75,63 +91,82 @@ class TrainedModel(GeneratorHubInterface):
         return trained if cpu or not torch.cuda.is_available() else trained.cuda()
 
     def encode(self, text):
-        """Token ids of a text or of bytes: LongTensor ``[length]``."""
-        if isinstance(text, bytes):
-            return self.dictionary.encode(text)
-        return super().encode(text)
+        """Token ids of a text, str or bytes: LongTensor ``[length]``."""
+        if isinstance(text, str):
+            text = text.encode("utf-8", "surrogateescape")
+        return self.codec.encode(text)
+
+    def decode(self, tokens):
+        """The text of token ids, as a str; what is not UTF-8 becomes U+FFFD."""
+        return self.codec.decode(tokens).decode("utf-8", "replace")
 
     def continuation(self, prompt, length, **options):
-        """Bytes that follow a prompt.
+        """What follows a prompt, as bytes.
 
         Args:
             prompt (bytes): may be empty
-            length (int): how many
+            length (int): tokens
             options: of fairseq's generation: ``sampling``, ``sampling_topk``, ``sampling_topp``,
                 ``temperature``, ``beam``
         """
         tokens = self.encode(prompt)
-        # fairseq gives up what is left of the length to a symbol that ends the text.
-        hypotheses = self.generate([tokens], max_len_b=len(prompt) + length, **options)[0]
-        return self.dictionary.decode(hypotheses[0]["tokens"])[len(prompt) :]
+        # fairseq ends a hypothesis with one symbol more, which stands for no text.
+        hypotheses = self.generate([tokens], max_len_b=len(tokens) + length, **options)[0]
+        return self.codec.decode(hypotheses[0]["tokens"][len(tokens) :])
 
     @torch.no_grad()
     def read(self, tokens, state=None):
-        """Read on from the state that the text before left (None: from nothing).
+        """Read a segment.
 
         Args:
             tokens (LongTensor): ``[T, B]``
+            state (list): what the segment before left; None for nothing
 
         Returns:
             logits of what follows each token ``[T, B, V]``, and the new state
         """
         features, state = self.decoder.read(tokens.to(self.device), state)
-        return self.decoder.output_layer(features), state
+        return self.decoder.head.logits(features), state
 
-    def bits(self, data, progress=False):
-        """The cost of each byte in bits, given all bytes before it: float64 ``[len(data)]``.
+    def costs(self, data, progress=False):
+        """What a text costs.
 
-        Read in segments of the length that the model was trained with, as by fairseq-eval-lm.
+        It is read in segments of the length that the model was trained with, as by
+        ``fairseq-eval-lm``.
 
         Args:
-            data (bytes): what to score
-            progress (bool): whether to show on standard error how far it is
+            data (bytes): the text
+            progress (bool): whether to show progress on standard error
+
+        Returns:
+            the :class:`~fairseq_sha.evaluation.evaluate.Score`, the token ids, and the cost of each
+            in nats given all tokens before it, float32 array ``[length]``; None as the score of
+            nothing
         """
-        if not data:
-            return np.zeros(0)
-        targets = self.encode(data)
-        tokens = torch.cat([torch.tensor([self.dictionary.eos()]), targets])
-        costs, state = [], None
-        length = self.cfg.task.tokens_per_sample
-        pieces = zip(tokens[:-1].split(length), targets.split(length))
-        with tqdm(total=len(data), unit="B", unit_scale=True, disable=not progress) as bar:
-            for inputs, expected in pieces:
-                logits, state = self.read(inputs[:, None], state)
-                chosen = torch.nn.functional.cross_entropy(
-                    logits[:, 0].double(), expected.to(self.device), reduction="none"
-                )
-                costs.append(chosen.cpu().numpy() / np.log(2))
-                bar.update(len(inputs))
-        return np.concatenate(costs)
+        tokens = self.encode(data).numpy()
+        if not len(tokens):
+            return None, tokens, np.zeros(0, np.float32)
+        policy = Carried(1, self.cfg.task.tokens_per_sample)
+        text = _Text(np.append(self.codec.start, tokens))
+        score, nats = evaluate(self.models[0], text, "text", self.codec, policy, progress)
+        return score, tokens, nats
+
+    def bits(self, data, progress=False):
+        """The cost of each byte of ``codec.decode(codec.encode(data))`` in bits: float64 array. The
+        cost of a token of several bytes is spread evenly over them. Arguments as for
+        :meth:`costs`."""
+        _, tokens, nats = self.costs(data, progress)
+        return self.codec.spread(tokens, nats / np.log(2))
+
+
+class _Text:
+    """Tokens in memory, for :func:`evaluate`."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return len(self.tokens) - 1
 
 
 def digest(weights, settings, symbols):
@@ -146,13 +181,14 @@ def digest(weights, settings, symbols):
     total = hashlib.sha256(repr((described, symbols)).encode())
     for name, tensor in sorted(weights.items()):
         total.update(name.encode())
-        total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        # A tensor without dimensions cannot be viewed as bytes.
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.digest()[:8]
 
 
 @contextlib.contextmanager
 def threads(number):
-    """Have torch use so many threads, and then as many as before."""
+    """Have torch use this number of threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

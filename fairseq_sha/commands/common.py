@@ -1,20 +1,15 @@
-"""What the commands that use a trained model have in common."""
+"""What the commands that use a trained model share."""
 
-import argparse
+import ast
 import logging
 import os
+import sys
 
 from fairseq_sha.errors import UserError
-from fairseq_sha.trained_model import TrainedModel
 
 
-def model_parser(command, description):
-    """A parser of a command's arguments that has the options that name the model."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m fairseq_sha.{command}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_model_arguments(parser):
+    """Declare the options that name a model."""
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the trained model")
     parser.add_argument(
         "--data-bin",
@@ -22,13 +17,47 @@ def model_parser(command, description):
         help="data folder that it was trained with, if the checkpoint does not hold its symbols",
     )
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
-    return parser
+    parser.add_argument(
+        "--user-dir", metavar="DIR", help="plug-in of your own that registers the model"
+    )
+    parser.add_argument(
+        "--model-overrides",
+        default="{}",
+        metavar="DICT",
+        help="settings of the model to change, as in fairseq: \"{'mem_len': 100}\"",
+    )
 
 
-def load(args):
-    """The model that the options of :func:`model_parser` name."""
-    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq makes all packages talkative
-    return TrainedModel.load(args.path, args.data_bin, args.cpu)
+def load_model(args):
+    """The :class:`~fairseq_sha.trained_model.TrainedModel` that :func:`add_model_arguments` names.
+
+    Raises:
+        UserError: there is no such model, or an option is wrong
+    """
+    from fairseq import utils
+
+    from fairseq_sha.trained_model import TrainedModel
+
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq has every package log everything
+    if args.user_dir:
+        if not os.path.isdir(args.user_dir):
+            raise UserError(f"--user-dir {args.user_dir}: no such folder")
+        utils.import_user_module(args)
+    overrides = model_overrides(args.model_overrides)
+    return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides)
+
+
+def model_overrides(text):
+    """The dict that ``--model-overrides`` gives."""
+    try:
+        overrides = ast.literal_eval(text)
+        if isinstance(overrides, dict) and all(isinstance(key, str) for key in overrides):
+            return overrides
+    except (ValueError, SyntaxError):
+        pass
+    raise UserError(
+        f"--model-overrides {text}: not a dict of settings; give one such as \"{{'mem_len': 100}}\""
+    )
 
 
 def check_new(paths):
@@ -40,19 +69,6 @@ def check_new(paths):
             raise UserError(f"{path}: its folder is missing or cannot be written to")
 
 
-def write(path, content):
-    """Write a file at once: under another name until it is whole.
-
-    Args:
-        path (Path): what to write
-        content (bytes or str)
-    """
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
+def read_text(path):
+    """The bytes of a file; ``-`` is standard input."""
+    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()

@@ -1,97 +1,118 @@
-"""What each byte of a text costs a trained model, in bits, given all bytes before it.
+"""Print what a text costs a trained model, given all of the text before each token.
 
     fairseq-sha score --path checkpoint.pt FILE [--per-line] [--html PICTURE.html]
 
-FILE may be - for standard input. Prints bits per byte of the whole, and of each kind of byte:
-letters that begin a word, the other letters, digits, markup of XML and wiki, white space, other
-signs.
+FILE may be - for standard input. Prints nats per token, bits per byte and perplexity of the whole
+text. For models of bytes also bits per byte of each kind of byte: letters that begin a word, other
+letters, digits, markup of XML and wiki, white space, other signs. For models of words, --per-token
+prints the cost of each word.
 """
 
 import html
+import math
 import re
-import sys
 from pathlib import Path
 
-import numpy as np
+from fairseq_sha.commands.common import add_model_arguments, check_new, load_model, read_text
+from fairseq_sha.files import write_atomically
 
-from fairseq_sha.commands.common import check_new, load, model_parser, write
-
-# A byte is of the first kind that matches; bytes beyond ASCII are letters.
+# A byte belongs to the first kind that matches. Bytes beyond ASCII are letters.
 MARKUP = rb"<[^<>\n]*>|&(?:[a-z]+|#\d+);|\[+|\]+|\{+|\}+|\|+|'{2,}|={2,}|^[*#:;]+"
-KINDS = {
+PATTERNS = {
     "markup": MARKUP,
     "digits": rb"[0-9]+",
     "words": rb"[A-Za-z\x80-\xff]+",
     "white space": rb"\s+",
     "other signs": rb".",
 }
-FIRST_LETTERS, OTHER_LETTERS = "first letters of words", "other letters"
+#: The kinds of bytes, in the order of the table.
+KINDS = [
+    "first letters of words",
+    "other letters",
+    *(name for name in PATTERNS if name != "words"),
+]
 COLOURS = 16
 BITS_PER_COLOUR = 0.5
 
 
-def main(argv=None):
-    parser = model_parser("score", __doc__)
-    parser.add_argument(
-        "file", type=Path, metavar="FILE", help="what to score; - is standard input"
-    )
+def add_arguments(parser):
+    """Declare the options."""
+    add_model_arguments(parser)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the text; - is standard input")
     parser.add_argument("--per-line", action="store_true", help="print the cost of each line")
+    parser.add_argument("--per-token", action="store_true", help="print the cost of each token")
     parser.add_argument("--html", type=Path, metavar="PICTURE", help="the text, coloured by cost")
-    args = parser.parse_args(argv)
+
+
+def run(args):
+    """Score and print."""
     if args.html:
         check_new([args.html])
-    from_input = args.file == Path("-")
-    data = sys.stdin.buffer.read() if from_input else args.file.read_bytes()
-    model = load(args)
-    bits = model.bits(data, progress=True)
-    name = "standard input" if from_input else str(args.file)
+    data = read_text(args.file)
+    model = load_model(args)
+    score, tokens, nats = model.costs(data, progress=True)
+    name = "standard input" if str(args.file) == "-" else str(args.file)
+    if score is None:
+        print(f"{name}: 0 bytes")
+        return
+    text = model.codec.decode(tokens)
+    bits = model.codec.spread(tokens, nats / math.log(2))
+    if args.per_token:
+        print_tokens(model.codec, tokens, nats)
     if args.per_line:
-        print_lines(data, bits)
-    total = summary(data, bits)
+        print_lines(text, bits)
+    total = f"{score}; {-(-bits.sum() // 8):,.0f} bytes when compressed"
     print(f"{name}: {total}")
-    rows = by_kind(data, bits)
+    rows = by_kind(text, bits) if model.codec.name == "bytes" else []
     if rows:
         print(table(rows))
     if args.html:
-        write(args.html, picture(name, total, rows, data, bits))
+        write_atomically(args.html, picture(name, total, rows, text, bits))
 
 
-def summary(data, bits):
-    if not data:
-        return "0 bytes"
-    return (
-        f"{len(data):,} bytes, {bits.mean():.3f} bits per byte, "
-        f"{-(-bits.sum() // 8):,.0f} bytes when compressed"
-    )
+def print_tokens(codec, tokens, nats):
+    """Bits of each token, and its text."""
+    for token, cost in zip(tokens, nats / math.log(2)):
+        text = codec.decode([token]).decode("utf-8", "backslashreplace")
+        print(f"{cost:.3f}\t{text!r}")
 
 
 def print_lines(data, bits):
-    """Bits per byte and bits of each line, with its newline, and the line."""
+    """Bits per byte and bits of each line, including its newline, and the line."""
     for match in re.finditer(rb"[^\n]*\n|[^\n]+", data):
         cost = bits[match.start() : match.end()]
         text = match[0].decode("utf-8", "replace").rstrip("\n")
         print(f"{cost.mean():.3f}\t{cost.sum():.1f}\t{text}")
 
 
-def kinds_of(data):
-    """The kind of each byte: a list of ``len(data)`` names."""
-    pattern = b"|".join(b"(%s)" % kind for kind in KINDS.values())
-    names, kinds = list(KINDS), []
+def kinds_of_bytes(data):
+    """The kind of each byte, as its place in :data:`KINDS`: uint8 array ``[len(data)]``."""
+    import numpy as np
+
+    pattern = b"|".join(b"(%s)" % pattern for pattern in PATTERNS.values())
+    names, kinds = list(PATTERNS), np.empty(len(data), np.uint8)
     for match in re.finditer(pattern, data, re.MULTILINE | re.DOTALL):
-        kind, length = names[match.lastindex - 1], match.end() - match.start()
-        if kind == "words":
-            kinds += [FIRST_LETTERS] + [OTHER_LETTERS] * (length - 1)
+        name = names[match.lastindex - 1]
+        if name == "words":
+            kinds[match.start()] = KINDS.index("first letters of words")
+            kinds[match.start() + 1 : match.end()] = KINDS.index("other letters")
         else:
-            kinds += [kind] * length
+            kinds[match.start() : match.end()] = KINDS.index(name)
     return kinds
 
 
 def by_kind(data, bits):
     """Rows of kind, number of bytes, and their bits in all."""
-    kinds = np.array(kinds_of(data), dtype=object)
-    order = [FIRST_LETTERS, OTHER_LETTERS, *(kind for kind in KINDS if kind != "words")]
-    chosen = ((kind, kinds == kind) for kind in order)
-    return [(kind, int(where.sum()), bits[where].sum()) for kind, where in chosen if where.any()]
+    import numpy as np
+
+    kinds = kinds_of_bytes(data)
+    counts = np.bincount(kinds, minlength=len(KINDS))
+    totals = np.bincount(kinds, weights=bits, minlength=len(KINDS))
+    return [
+        (name, int(count), float(total))
+        for name, count, total in zip(KINDS, counts, totals)
+        if count
+    ]
 
 
 def table(rows):
@@ -105,8 +126,10 @@ def table(rows):
 
 
 def picture(title, total, rows, data, bits):
-    """A page of HTML, complete in itself: the text, each byte with a background that says what it
-    cost. A character of several bytes has their mean."""
+    """A self-contained page of HTML: the text, each byte on a background that shows its cost. A
+    character of several bytes shows their mean."""
+    import numpy as np
+
     step = BITS_PER_COLOUR
     ranges = [f"{i * step:g} to {(i + 1) * step:g} bits" for i in range(COLOURS - 1)]
     ranges.append(f"{step * (COLOURS - 1):g} bits or more")
@@ -141,6 +164,8 @@ td{{padding-right:2em}} td+td{{text-align:right}} .legend span{{padding:0 .4em}}
 
 def runs(data, bits, ranges):
     """HTML of the text: a span for each run of characters of one colour."""
+    import numpy as np
+
     sums = np.concatenate([[0], np.cumsum(bits)])
     start, colour, text = 0, None, []
     for character in data.decode("utf-8", "surrogateescape"):
@@ -170,7 +195,3 @@ def shown(character):
     if character != "\t" and not character.isprintable():
         return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
     return html.escape(character, quote=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,5 +1,6 @@
 """The dictionary of byte-level models: symbols are decimal byte values, newline is ``</s>``."""
 
+import numpy as np
 import torch
 from fairseq.data import Dictionary
 
@@ -23,32 +24,15 @@ class ByteDictionary(Dictionary):
         """Load ``dict.txt`` and check that it lists byte values.
 
         Raises:
-            UserError: the file is missing, malformed, or holds a symbol that is no byte value.
+            UserError: the file is missing, malformed, or holds a symbol that is no byte value
         """
-        try:
-            dictionary = super().load(f, **options)
-        except FileNotFoundError:
-            raise UserError(f"{f}: no such file; is this a folder made by a script in preprocess/?")
-        except Exception as error:
-            # What fairseq raises for malformed files, one of them a bare Exception.
-            if type(error) not in (Exception, RuntimeError, ValueError):
-                raise
-            first_line = str(error).splitlines()[0] if str(error) else repr(error)
-            raise UserError(f"{f}: not a dictionary ({first_line}); preprocess the corpus again")
+        dictionary = load_dictionary(super().load, f, **options)
         for symbol in dictionary.symbols[dictionary.nspecial :]:
             if _byte_of(symbol) is None and not symbol.startswith("madeupword"):
                 raise UserError(
                     f"{f}: {symbol!r} is not a byte value; this task reads byte-level data, "
                     "such as the scripts in preprocess/ make"
                 )
-        return dictionary
-
-    @classmethod
-    def of(cls, symbols):
-        """The dictionary of a checkpoint, from all of its symbols, the special ones included."""
-        dictionary = cls()
-        for symbol in symbols[dictionary.nspecial :]:
-            dictionary.add_symbol(symbol)
         return dictionary
 
     def bytes_by_id(self):
@@ -63,20 +47,26 @@ class ByteDictionary(Dictionary):
         Raises:
             UserError: a byte that the dictionary lacks; it has no honest probability.
         """
-        ids = {value: i for i, value in enumerate(self.bytes_by_id()) if value is not None}
-        unseen = sorted(set(data) - set(ids))
-        if unseen:
+        ids = np.full(256, -1, dtype=np.int64)
+        for i, value in enumerate(self.bytes_by_id()):
+            if value is not None:
+                ids[value] = i
+        tokens = ids[np.frombuffer(data, dtype=np.uint8)]
+        unseen = np.flatnonzero(tokens < 0)
+        if len(unseen):
+            offset = int(unseen[0])
             raise UserError(
-                f"byte {unseen[0]} at offset {data.index(bytes(unseen[:1]))} of the text does not "
-                "occur in the training data, so the model has no probability for it; remove it or "
-                "train on data preprocessed with --all-bytes"
+                f"byte {data[offset]} at offset {offset} of the text does not occur in the "
+                "training data, so the model has no probability for it; remove it or train on "
+                "data preprocessed with --all-bytes"
             )
-        return torch.tensor([ids[value] for value in data], dtype=torch.long)
+        return torch.from_numpy(tokens)
 
     def decode(self, tokens):
         """Bytes of a sequence of token ids. Ids that stand for no byte are left out."""
-        values = self.bytes_by_id()
-        return bytes(values[i] for i in map(int, tokens) if values[i] is not None)
+        values = np.array([-1 if value is None else value for value in self.bytes_by_id()])
+        decoded = values[np.asarray(tokens, dtype=np.int64)]
+        return decoded[decoded >= 0].astype(np.uint8).tobytes()
 
     def encode_line(self, line, *_, **__):
         """Token ids of a text in UTF-8. Unlike fairseq's, it appends no ``</s>``: that would be
@@ -86,6 +76,26 @@ class ByteDictionary(Dictionary):
     def string(self, tensor, *_, **__):
         """Text of a sequence of token ids, newlines included; invalid UTF-8 becomes U+FFFD."""
         return self.decode(tensor).decode("utf-8", "replace")
+
+
+def load_dictionary(load, path, **options):
+    """Load ``dict.txt`` by ``load``, a ``load`` of fairseq's dictionaries.
+
+    Raises:
+        UserError: the file is missing or malformed
+    """
+    try:
+        return load(path, **options)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is this a folder made by a script in preprocess/?")
+    except Exception as error:
+        # What fairseq raises for malformed files, one of them a bare Exception.
+        if type(error) not in (Exception, RuntimeError, ValueError):
+            raise
+        first_line = str(error).splitlines()[0] if str(error) else repr(error)
+        raise UserError(f"{path}: not a dictionary ({first_line}); preprocess the corpus again")
 
 
 def _byte_of(symbol):

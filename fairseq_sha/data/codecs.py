@@ -1,4 +1,8 @@
-"""What a token is worth: stub, to be replaced at the merge."""
+"""Codecs: what the tokens of a dictionary are worth as text.
+
+Whatever turns text into tokens, tokens into text, or a cost per token into a cost per byte asks the
+codec. A checkpoint names its codec and lists its symbols, so that it needs no other file.
+"""
 
 import os
 
@@ -6,37 +10,96 @@ import numpy as np
 import torch
 from fairseq.data import Dictionary
 
-from fairseq_sha.data.byte_dictionary import ByteDictionary
+from fairseq_sha.data.byte_dictionary import ByteDictionary, load_dictionary
 from fairseq_sha.errors import UserError
 
 
 class Codec:
+    """What a token is worth. ``V`` is the size of the vocabulary.
+
+    Args:
+        dictionary (~fairseq.data.Dictionary): the symbols of token ids
+    """
+
+    #: The name under which checkpoints and ``--codec`` know it.
+    name = None
+    #: Whether ``decode(encode(text))`` is ``text`` for every text that can be encoded.
+    lossless = False
+    #: Whether :meth:`is_word` says which tokens are words.
     counts_words = False
+    dictionary_type = Dictionary
 
     def __init__(self, dictionary):
         self.dictionary = dictionary
+        #: The token id that stands before the beginning of a text.
         self.start = dictionary.eos()
 
     @classmethod
     def load(cls, folder):
-        return cls(cls.dictionary_type.load(os.path.join(folder, "dict.txt")))
+        """The codec of a data folder, from its ``dict.txt``.
+
+        Raises:
+            UserError: the file is missing or malformed
+        """
+        return cls(load_dictionary(cls.dictionary_type.load, os.path.join(folder, "dict.txt")))
 
     @classmethod
     def from_symbols(cls, symbols):
+        """The codec of a checkpoint, from the list of all symbols, special ones included."""
         dictionary = cls.dictionary_type()
         for symbol in symbols[dictionary.nspecial :]:
             dictionary.add_symbol(symbol)
         return cls(dictionary)
 
+    def encode(self, data):
+        """Token ids of a text: bytes to LongTensor ``[length]``.
+
+        Raises:
+            UserError: something in it cannot be encoded
+        """
+        raise NotImplementedError
+
+    def decode(self, tokens):
+        """The text that a sequence of token ids stands for, as bytes."""
+        raise NotImplementedError
+
+    def bytes_per_token(self):
+        """How many bytes of text each token stands for: int64 array ``[V]``."""
+        raise NotImplementedError
+
+    def spread(self, tokens, costs):
+        """Costs per token as costs per byte of text: the cost of a token of several bytes is spread
+        evenly over them.
+
+        Args:
+            tokens (ndarray): ids, ``[length]``
+            costs (ndarray): of each, ``[length]``
+
+        Returns:
+            float64 array ``[bytes]``
+        """
+        sizes = self.bytes_per_token()[tokens]
+        return np.repeat(costs.astype(np.float64) / np.maximum(sizes, 1), sizes)
+
     def is_word(self):
+        """Which tokens are words, for perplexity per word: bool array ``[V]``; None if the codec
+        does not know."""
         return None
 
+    def is_forbidden(self, tokens):
+        """Which token ids of an array no corpus may hold: those that the dictionary lacks, ``<s>``
+        and ``<pad>``."""
+        return (tokens >= len(self.dictionary)) | (tokens < self.dictionary.eos())
+
     def not_generated(self):
-        symbols = self.dictionary.symbols
-        return [i for i, symbol in enumerate(symbols) if symbol.startswith("madeupword")]
+        """Token ids that generation must never choose, besides ``<s>`` and ``<pad>``: a list."""
+        symbols = enumerate(self.dictionary.symbols)
+        return [i for i, symbol in symbols if symbol.startswith("madeupword")]
 
 
 class ByteCodec(Codec):
+    """A token is a byte, see :class:`~fairseq_sha.data.byte_dictionary.ByteDictionary`."""
+
     name = "bytes"
     lossless = True
     dictionary_type = ByteDictionary
@@ -48,44 +111,61 @@ class ByteCodec(Codec):
         return self.dictionary.decode(tokens)
 
     def bytes_per_token(self):
-        return np.array([int(v is not None) for v in self.dictionary.bytes_by_id()])
+        return np.array([value is not None for value in self.dictionary.bytes_by_id()], np.int64)
 
     def is_forbidden(self, tokens):
-        wrong = (tokens >= len(self.dictionary)) | (tokens < self.dictionary.eos())
-        return wrong | (tokens == self.dictionary.unk())
+        # An unknown byte would be scored as if one symbol stood for all unknown bytes.
+        return super().is_forbidden(tokens) | (tokens == self.dictionary.unk())
 
     def not_generated(self):
         return [self.dictionary.unk(), *super().not_generated()]
 
 
 class WordCodec(Codec):
+    """A token is a word or, as ``</s>``, the end of a line: text as ``fairseq-preprocess`` splits
+    it. Words that the dictionary lacks are ``<unk>``, an ordinary token.
+
+    A word stands for its UTF-8 bytes and the space after it, and ``</s>`` for the newline. That is
+    how the files of WikiText are written. How white space was spread in any other text is lost.
+    """
+
     name = "words"
-    lossless = False
-    dictionary_type = Dictionary
     counts_words = True
 
-    @classmethod
-    def load(cls, folder):
-        if not os.path.isfile(os.path.join(folder, "dict.txt")):
-            raise UserError(f"{folder}/dict.txt: no such file")
-        return super().load(folder)
-
     def encode(self, data):
-        return torch.tensor([self.dictionary.index(w) for w in data.decode().split()])
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"byte {data[error.start]} at offset {error.start} of the text is not UTF-8, as "
+                "words must be; convert the text"
+            )
+        lines = text.split("\n")
+        words = [[*line.split(), self.dictionary.eos_word] for line in lines[:-1]]
+        words.append(lines[-1].split())  # a line that is not ended
+        tokens = [self.dictionary.index(word) for line in words for word in line]
+        return torch.tensor(tokens, dtype=torch.long)
 
     def decode(self, tokens):
-        return " ".join(self.dictionary[int(token)] for token in tokens).encode()
+        table = self._table()
+        return b"".join(table[int(token)] for token in tokens)
 
     def bytes_per_token(self):
-        sizes = [len(symbol.encode()) + 1 for symbol in self.dictionary.symbols]
-        sizes[: self.dictionary.nspecial] = [0, 0, 1, len("<unk>") + 1]
-        return np.array(sizes)
-
-    def is_forbidden(self, tokens):
-        return (tokens >= len(self.dictionary)) | (tokens < self.dictionary.eos())
+        return np.array([len(text) for text in self._table()], np.int64)
 
     def is_word(self):
         return self.bytes_per_token() > 0
 
+    def _table(self):
+        """The text of each token: a list of bytes ``[V]``."""
+        table = [
+            f"{symbol} ".encode("utf-8", "surrogateescape") for symbol in self.dictionary.symbols
+        ]
+        table[self.dictionary.eos()] = b"\n"
+        for i in (self.dictionary.bos(), self.dictionary.pad(), *self.not_generated()):
+            table[i] = b""
+        return table
 
-CODECS = {"bytes": ByteCodec, "words": WordCodec}
+
+#: By name.
+CODECS = {codec.name: codec for codec in (ByteCodec, WordCodec)}

@@ -95,6 +95,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         self.dropout_input = dropout_input
         self.dropout_output = dropout_output
         self.carried = CarriedState()
+        #: The state that generation starts from, one stream for each hypothesis; None for nothing.
+        self.generation_start = None
         self.num_updates = 0
         #: Updates that the run will make, which the task knows; 0 if unknown.
         self.total_updates = 0
@@ -277,10 +279,10 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     # fairseq wants the state of generation as a flat dict of tensors.
 
     def get_generation_state(self, incremental_state):
-        """The state that generation goes on from, or None at its start."""
+        """The state that generation goes on from."""
         flat = self.get_incremental_state(incremental_state, "state")
         if flat is None:
-            return None
+            return self.generation_start
         state = [{} for _ in self.layers]
         for name, tensor in flat.items():
             layer, key = name.split(".")

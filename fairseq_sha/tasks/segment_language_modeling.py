@@ -52,6 +52,7 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.evaluation.policies import Carried, Sliding
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 from fairseq_sha.registrations import taken_names
+from fairseq_sha.tasks.generation import SamplingOrForced, continue_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -128,20 +129,6 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     save_dir: str = II("checkpoint.save_dir")
     save_interval_updates: int = II("checkpoint.save_interval_updates")
     best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
-
-
-class SamplingOrForced(Sampling):
-    """fairseq's sampling, which also works where only one symbol is allowed: in a prompt and at the
-    end. fairseq draws there too, and fails if that symbol's probability underflows."""
-
-    def step(self, step, lprobs, *args, **kwargs):
-        allowed = lprobs > -math.inf
-        forced = allowed & (allowed.sum(-1, keepdim=True) == 1)
-        given = lprobs.masked_fill(~forced, 0.0).sum(-1)
-        scores, symbols, beams = super().step(
-            step, lprobs.masked_fill(forced, 0.0), *args, **kwargs
-        )
-        return scores + given, symbols, beams
 
 
 MAX_CARRIED_BYTES = {"auto": 1e9, "always": math.inf, "never": 0}
@@ -705,26 +692,25 @@ class SegmentLanguageModelingTask(FairseqTask):
         if not isinstance(generator, SequenceGenerator):
             return generator.generate(models, sample)
         inputs = sample["net_input"]["src_tokens"]
-        # No hypothesis ends before the maximum length, which fairseq derives from the prompt's.
-        generator.min_len = int(generator.max_len_a * inputs.size(1) + generator.max_len_b)
+        length = int(generator.max_len_a * inputs.size(1) + generator.max_len_b)
         if "nsentences" in sample:
             # fairseq-generate: the prompts are what segments begin with, --prefix-size tokens.
             prefix_tokens = inputs[:, : 0 if prefix_tokens is None else prefix_tokens.size(1)]
         elif prefix_tokens is None:
             prefix_tokens = inputs[:, 1:]
-        if prefix_tokens.size(1) > generator.min_len:
+        if prefix_tokens.size(1) > length:
             raise UserError(
                 f"a prompt of {prefix_tokens.size(1)} tokens is longer than the maximum length, "
-                f"{generator.min_len}, of prompt and continuation; raise --max-len-b"
+                f"{length}, of prompt and continuation; raise --max-len-b"
             )
         limit = min(model.max_decoder_positions() for model in models) - 1
-        if generator.min_len > limit:
+        if length > limit:
             raise UserError(
-                f"a length of {generator.min_len} tokens: this model reads at most {limit}; lower "
-                "--max-len-b"
+                f"a length of {length} tokens: this model reads at most {limit}; lower --max-len-b"
             )
-        return generator.generate(
-            models, sample, prefix_tokens=prefix_tokens, bos_token=self.codec.start
+        segment_length = self.cfg.tokens_per_sample
+        return continue_prompts(
+            generator, models, sample, prefix_tokens, length, self.codec.start, segment_length
         )
 
 
