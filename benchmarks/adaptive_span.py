@@ -29,8 +29,7 @@ from timing import arguments, describe_machine
 
 from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.errors import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
-from fairseq_sha.models.adaptive_span import AdaptiveSpanConfig, AdaptiveSpanDecoder
+from fairseq_sha.models.adaptive_span import PUBLISHED, AdaptiveSpanConfig, AdaptiveSpanDecoder
 
 STEPS = 5  # timed in each process, after two to warm up
 
@@ -82,7 +81,7 @@ def build(args):
     own = dict(ours.named_parameters())
     with torch.no_grad():
         for reference, value in theirs.named_parameters():
-            value.copy_(own[FAMILIES["adaptive_span"].our_name(reference)].reshape(value.shape))
+            value.copy_(own[PUBLISHED.our_name(reference)].reshape(value.shape))
     return ours.train(), theirs
 
 

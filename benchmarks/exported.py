@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from timing import arguments, describe_machine
 
-from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.commands.export import export
+from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.trained_model import TrainedModel
 
 STEPS = 300

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fairseq_sha import UserError
-from fairseq_sha.commands import export
 from fairseq_sha.checks import torch_is_at_least
+from fairseq_sha.commands import export
 from fairseq_sha.trained_model import TrainedModel
 from tests.commands import REPOSITORY
 from tests.options import FAMILIES

@@ -98,7 +98,9 @@ def read_header(model, packed):
     """
     start = len(MAGIC) + HEADER.size
     if packed[: len(MAGIC)] != MAGIC:
-        raise UserError("not a file that fairseq_sha.commands.compress wrote, or one of another version")
+        raise UserError(
+            "not a file that fairseq_sha.commands.compress wrote, or one of another version"
+        )
     (checksum,) = CHECKSUM.unpack(packed[-CHECKSUM.size :])
     if len(packed) < start + CHECKSUM.size or zlib.crc32(packed[: -CHECKSUM.size]) != checksum:
         raise UserError("damaged or cut off; copy it anew")

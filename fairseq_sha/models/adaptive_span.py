@@ -15,6 +15,7 @@ from fairseq_sha.checks import (
     require_heads_that_divide,
 )
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import dropout, masked_softmax, next_memory, skew
@@ -285,3 +286,49 @@ class AdaptiveSpanEnwik8LargeConfig(AdaptiveSpanConfig):
 @register_model("adaptive_span_enwik8_large", dataclass=AdaptiveSpanEnwik8LargeConfig)
 class AdaptiveSpanEnwik8Large(AdaptiveSpan):
     """The paper's 24 layers, 209M parameters."""
+
+
+def _sizes(weights):
+    spans = "layers.0.attn.attn.adaptive_span._mask.current_val"
+    return {
+        "width": shape_of(weights, "in_emb.weight", 2)[1],
+        "num_layers": num_layers(weights, "layers"),
+        "n_head": shape_of(weights, spans, 3)[0],
+        "d_inner": shape_of(weights, "layers.0.ff.fc1.weight", 2)[0],
+        "attn_span": shape_of(weights, "key_pe", 3)[2],
+    }
+
+
+def _constant(name, weights):
+    """The distances that masks are computed from are saved, but not trained."""
+    if not name.endswith("adaptive_span._mask.mask_template"):
+        return None
+    return torch.arange(1.0 - weights[name].numel(), 1.0)
+
+
+#: Weights of the published code, github.com/facebookresearch/adaptive-span.
+PUBLISHED = PublishedWeights(
+    layer_prefix="layers",
+    whole_names={
+        "key_pe": "key_positions",
+        "in_emb.weight": "embedding.weight",
+        "out_emb.weight": "output_weight",
+        "out_emb.bias": "output_bias",
+    },
+    layer_names={
+        "attn.attn.adaptive_span._mask.current_val": "attention.span",
+        "attn.proj_query": "attention.query",
+        "attn.proj_key": "attention.key",
+        "attn.proj_val": "attention.value",
+        "attn.proj_out": "attention.output",
+        "ff.fc1": "feed_forward.linear1",
+        "ff.fc2": "feed_forward.linear2",
+        "norm1": "norm_attention",
+        "norm2": "norm_feed_forward",
+    },
+    vocabulary=("embedding.weight", "output_weight", "output_bias"),
+    settings=("n_head", "attn_span", "adapt_span_ramp"),
+    sizes=_sizes,
+    constant=_constant,
+    singletons=r"^key_pe$|\.current_val$",
+)

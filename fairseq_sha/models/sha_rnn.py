@@ -1,6 +1,7 @@
 """SHA-RNN: S. Merity, "Single Headed Attention RNN: Stop Thinking With Your Head",
 arXiv 1911.11423."""
 
+import re
 from dataclasses import dataclass, field
 from typing import List
 
@@ -11,6 +12,12 @@ from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.published_weights import (
+    PublishedWeights,
+    num_layers,
+    shape_of,
+    split_layer,
+)
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import (
     LSTM,
@@ -242,3 +249,57 @@ class SHARNNSmallConfig(SHARNNConfig):
 @register_model("sha_rnn_small", dataclass=SHARNNSmallConfig)
 class SHARNNSmall(SHARNN):
     """A model that learns something on two CPU cores in minutes."""
+
+
+def _sizes(weights):
+    _, width = shape_of(weights, "encoder.weight", 2)
+    layers = num_layers(weights, "blocks")
+    return {
+        "width": width,
+        "num_layers": layers,
+        "boom_multiple": shape_of(weights, "blocks.0.ff.linear1.weight", 2)[0] // width,
+        "attention_layers": [i for i in range(layers) if f"blocks.{i}.attn.q.weight" in weights],
+    }
+
+
+def _constant(name, weights):
+    """The published code creates norms and gates that it never uses: any value will do."""
+    layer, rest = split_layer(name, "blocks")
+    if layer is None:
+        return None
+    never_used = re.match(r"lnout\.(weight|bias)$|attn\.(qkvs|r_gate)$", rest)
+    without_attention = f"blocks.{layer}.attn.q.weight" not in weights
+    if never_used or (without_attention and re.match(r"ln(mem|mid)\.(weight|bias)$", rest)):
+        return weights[name]
+    return None
+
+
+#: Weights of the published code, github.com/Smerity/sha-rnn.
+PUBLISHED = PublishedWeights(
+    layer_prefix="blocks",
+    whole_names={
+        "encoder.weight": "embedding.weight",
+        "decoder.weight": "embedding.weight",
+        "decoder.bias": "output_bias",
+    },
+    layer_names={
+        "rnn": "cell",
+        "lnstart": "norm_start",
+        "lnmem": "norm_memory",
+        "lnmid": "norm_mid",
+        "lnxff": "norm_boom",
+        "lnff": "norm_residual",
+        "ff.linear1": "boom.linear",
+        "attn.q": "attention.query",
+        "attn.qln": "attention.query_norm",
+        "attn.qs": "attention.query_gate",
+        "attn.ks": "attention.key_gate",
+        "attn.vs": "attention.value_gate.seed",
+        "attn.vq.l1": "attention.value_gate.linear",
+    },
+    vocabulary=("embedding.weight", "output_bias"),
+    settings=("window",),
+    sizes=_sizes,
+    constant=_constant,
+    singletons=r"\.attn\.[qkv]s$",
+)

@@ -2,6 +2,7 @@
 Compute", arXiv 2102.12459."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.ops import attend, causal_bias, dropout, next_memory, sru
 
@@ -200,3 +202,65 @@ class SRUppEnwik8LargeConfig(SRUppConfig):
 @register_model("srupp_enwik8_large", dataclass=SRUppEnwik8LargeConfig)
 class SRUppEnwik8Large(SRUpp):
     """The paper's 195M parameters."""
+
+
+def _prepare(weights):
+    """Bring the published layout into ours: recurrence parameters ``[2 D]`` become ``[2, D]``; the
+    rows of the last map, ordered by unit, are ordered by gate. In layers without attention that map
+    is called linear2, in all others linear3; here it is always linear3."""
+    prepared = {}
+    for name, value in weights.items():
+        layer, linear = re.match(r"(.*\.transform_module\.)(linear\d)\.weight|", name).groups()
+        if linear == "linear2" and f"{layer}alpha" not in weights:
+            name, linear = f"{layer}linear3.weight", "linear3"
+        if linear == "linear3" and value.dim() == 2 and len(value) % 3 == 0:
+            value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+        if re.search(r"\.(weight_c|bias)$", name) and "rnn_lst" in name and value.dim() == 1:
+            if "layer_norm" not in name and len(value) % 2 == 0:
+                value = value.unflatten(0, (2, -1))
+        prepared[name] = value
+    return prepared
+
+
+def _sizes(weights):
+    prefix = "rnn.rnn_lst"
+    layers = num_layers(weights, prefix)
+    attends = [f"{prefix}.{i}.transform_module.alpha" in weights for i in range(layers)]
+    return {
+        "width": shape_of(weights, "embedding_layer.weight", 2)[1],
+        "projection": shape_of(weights, f"{prefix}.0.transform_module.linear1.weight", 2)[0],
+        "num_layers": layers,
+        "attn_every_n_layers": 1 + attends.index(True) if True in attends else layers + 1,
+        "layer_norm": f"{prefix}.0.layer_norm.weight" in weights,
+    }
+
+
+def _constant(name, weights):
+    """A scale of the input that the published code saves, and leaves at 1."""
+    return torch.ones_like(weights[name]) if name.endswith(".scale_x") else None
+
+
+#: Weights of the published code, github.com/asappresearch/sru, experiments/srupp_experiments.
+PUBLISHED = PublishedWeights(
+    layer_prefix="rnn.rnn_lst",
+    whole_names={
+        "embedding_layer.weight": "embedding.weight",
+        "output_layer.weight": "output_weight",
+        "output_layer.bias": "output_bias",
+    },
+    layer_names={
+        "weight_c": "weight",
+        "bias": "bias",
+        "layer_norm": "norm_input",
+        "transform_module.alpha": "alpha",
+        "transform_module.layer_norm": "norm",
+        "transform_module.linear1": "project",
+        "transform_module.linear2": "key_value",
+        "transform_module.linear3": "expand",
+    },
+    vocabulary=("embedding.weight", "output_weight", "output_bias"),
+    settings=("n_head", "attn_every_n_layers", "eval_unroll"),
+    sizes=_sizes,
+    constant=_constant,
+    prepare=_prepare,
+)

@@ -15,6 +15,7 @@ from fairseq_sha.checks import (
     require_heads_that_divide,
 )
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import attend, causal_relative_bias, dropout, next_memory
@@ -33,6 +34,9 @@ class TransformerXLConfig(FairseqDataclass):
     )
     n_head: int = field(
         default=8, metadata={"help": "heads of each layer (default: author's published script)"}
+    )
+    d_head: int = field(
+        default=0, metadata={"help": "width of a head; 0: width / n-head (default: 0)"}
     )
     d_inner: int = field(
         default=2048,
@@ -78,9 +82,10 @@ class RelativeAttention(nn.Module):
         self.n_head = cfg.n_head
         self.p = cfg.dropatt
         self.same_length = cfg.mem_len if cfg.same_length else None
-        self.query_key_value = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
-        self.position = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.output = nn.Linear(cfg.width, cfg.width, bias=False)
+        heads_width = cfg.n_head * head_width(cfg)
+        self.query_key_value = nn.Linear(cfg.width, 3 * heads_width, bias=False)
+        self.position = nn.Linear(cfg.width, heads_width, bias=False)
+        self.output = nn.Linear(heads_width, cfg.width, bias=False)
 
     def forward(self, h, memory, positions, u, w):
         """
@@ -104,7 +109,7 @@ class RelativeAttention(nn.Module):
         position_queries = (q + w).flatten(1, 2) / q.size(-1) ** 0.5
         bias = causal_relative_bias(position_queries, r, self.same_length)
         mix = attend((q + u).flatten(1, 2), k, v, bias, self.p if self.training else 0.0)
-        return self.output(mix.reshape(h.shape))
+        return self.output(mix.reshape(*h.shape[:2], -1))
 
     def heads(self, x):
         """``[..., H] -> [..., heads, H / heads]``"""
@@ -151,8 +156,8 @@ class TransformerXLDecoder(SegmentDecoder):
         )
         self.p = cfg.dropout
         self.clamp_len = cfg.clamp_len
-        self.content_bias = nn.Parameter(torch.empty(cfg.n_head, cfg.width // cfg.n_head))
-        self.position_bias = nn.Parameter(torch.empty(cfg.n_head, cfg.width // cfg.n_head))
+        self.content_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))
+        self.position_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))
         for parameter in (self.content_bias, self.position_bias):
             nn.init.normal_(parameter, std=STD)
         for module in self.modules():
@@ -180,13 +185,18 @@ class TransformerXLDecoder(SegmentDecoder):
         return torch.cat([angles.sin(), angles.cos()], -1)
 
 
+def head_width(cfg):
+    return cfg.d_head or cfg.width // cfg.n_head
+
+
 def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "n_head", "d_inner")
-    require_at_least(0, cfg, "mem_len", "clamp_len")
+    require_at_least(0, cfg, "mem_len", "clamp_len", "d_head")
     if cfg.same_length:
         require_at_least(1, cfg, "mem_len")
-    require_heads_that_divide(cfg)
+    if not cfg.d_head:
+        require_heads_that_divide(cfg)
     if cfg.width % 2:
         raise UserError(f"--width {cfg.width}: must be even, half for sines, half for cosines")
     require_dropouts(cfg, "dropout", "dropatt")
@@ -279,3 +289,50 @@ class TransformerXLEnwik8Layers24Config(TransformerXLConfig):
 @register_model("transformer_xl_enwik8_24l", dataclass=TransformerXLEnwik8Layers24Config)
 class TransformerXLEnwik8Layers24(TransformerXL):
     """The paper's 277M parameters."""
+
+
+def _sizes(weights):
+    tied = "word_emb.emb_layers.0.weight", "crit.out_layers.0.weight"
+    _, width = shape_of(weights, tied[tied[1] in weights and tied[0] not in weights], 2)
+    n_head, d_head = shape_of(weights, "r_w_bias", 2)
+    return {
+        "width": width,
+        "num_layers": num_layers(weights, "layers"),
+        "n_head": n_head,
+        "d_head": 0 if n_head * d_head == width else d_head,
+        "d_inner": shape_of(weights, "layers.0.pos_ff.CoreNet.0.weight", 2)[0],
+    }
+
+
+def _constant(name, weights):
+    """The frequencies of the position embeddings are saved, but not trained."""
+    if name != "pos_emb.inv_freq":
+        return None
+    width = _sizes(weights)["width"]
+    return 10000 ** -(torch.arange(0, width, 2, dtype=torch.float) / width)
+
+
+#: Weights of the published code, github.com/kimiyoung/transformer-xl (PyTorch).
+PUBLISHED = PublishedWeights(
+    layer_prefix="layers",
+    whole_names={
+        "word_emb.emb_layers.0.weight": "embedding.weight",
+        "crit.out_layers.0.weight": "embedding.weight",
+        "crit.out_layers.0.bias": "output_bias",
+        "r_w_bias": "content_bias",
+        "r_r_bias": "position_bias",
+    },
+    layer_names={
+        "dec_attn.qkv_net": "attention.query_key_value",
+        "dec_attn.r_net": "attention.position",
+        "dec_attn.o_net": "attention.output",
+        "dec_attn.layer_norm": "norm_attention",
+        "pos_ff.CoreNet.0": "feed_forward.linear1",
+        "pos_ff.CoreNet.3": "feed_forward.linear2",
+        "pos_ff.layer_norm": "norm_feed_forward",
+    },
+    vocabulary=("embedding.weight", "output_bias"),
+    settings=("n_head", "mem_len", "clamp_len", "same_length"),
+    sizes=_sizes,
+    constant=_constant,
+)

@@ -9,7 +9,8 @@ def parameters(case):
 
 
 def load(model, case, family):
-    """Give ``model`` the case's parameters; ``family`` is one of ``FAMILIES``."""
+    """Give ``model`` the case's parameters; ``family`` is its
+    :class:`~fairseq_sha.models.published_weights.PublishedWeights`."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     weights = family.prepare(parameters(case))
     named = [(family.our_name(name), value) for name, value in weights.items()]

@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.models.adaptive_span import (
+    PUBLISHED,
     AdaptiveSpanConfig,
     AdaptiveSpanDecoder,
     AdaptiveSpanEnwik8Config,
@@ -17,7 +17,6 @@ from tests.models import golden, helpers
 from tests.models.helpers import check_cuts, check_one_token_at_a_time
 
 CASES = golden_cases("adaptive_span")
-FAMILY = FAMILIES["adaptive_span"]
 
 
 def decoder(vocabulary=29, **fields):
@@ -46,7 +45,7 @@ def golden_decoder(case):
         adapt_span_ramp=int(case["setting/ramp"]),
         adapt_span_loss=float(case["setting/loss_coeff"]),
     )
-    return golden.load(model, case, FAMILY)
+    return golden.load(model, case, PUBLISHED)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,7 +60,7 @@ def test_equals_published_code(name):
         span_loss = extra["auxiliary_losses"]["span_loss"]
         torch.testing.assert_close(span_loss, case[f"span_loss{i}"].reshape(()))
         (nll.mean() + span_loss).backward()
-    golden.check_gradients(model, case, FAMILY)
+    golden.check_gradients(model, case, PUBLISHED)
 
 
 def test_a_golden_case_is_trimmed():

@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.models.sha_rnn import (
+    PUBLISHED,
     SHALSTMEnwik8Config,
     SHARNNConfig,
     SHARNNDecoder,
@@ -18,7 +18,6 @@ from tests.models import golden
 from tests.models.helpers import VOCABULARY, check_one_token_at_a_time, randomise
 
 CASES = golden_cases("sha_rnn")
-FAMILY = FAMILIES["sha_rnn"]
 
 
 def config(**fields):
@@ -41,7 +40,7 @@ def golden_decoder(case):
         num_layers=1 + max(int(name.split(".")[1]) for name in params if "blocks" in name),
         boom_multiple=len(params["blocks.0.ff.linear1.weight"]) // width,
     )
-    return golden.load(model, case, FAMILY)
+    return golden.load(model, case, PUBLISHED)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,7 +57,7 @@ def test_equals_published_code(name, training):
         torch.testing.assert_close(loss, case[f"loss{i}"].reshape(()), atol=1e-4, rtol=0)
         loss.backward()
 
-    golden.check_gradients(model, case, FAMILY)
+    golden.check_gradients(model, case, PUBLISHED)
     state = model.carried.training_state()["state"] if training else None
     for layer, left in enumerate(state or []):
         for key in ("h", "c"):

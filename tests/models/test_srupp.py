@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.models.srupp import (
+    PUBLISHED,
     SRUppConfig,
     SRUppDecoder,
     SRUppEnwik8BaseConfig,
@@ -17,7 +17,6 @@ from tests.models import golden
 from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
 
 CASES = golden_cases("srupp")
-FAMILY = FAMILIES["srupp"]
 
 
 def decoder(vocabulary=29, **fields):
@@ -40,7 +39,7 @@ def golden_decoder(case):
             layer_norm=bool(case["setting/layer_norm"]),
         ),
         case,
-        FAMILY,
+        PUBLISHED,
     )
 
 
@@ -53,7 +52,7 @@ def test_equals_published_code(name):
         nll = golden.token_losses(model(tokens, segment=f"train:1:{i}")[0], targets)
         torch.testing.assert_close(nll.t(), case[f"nll{i}"], atol=1e-4, rtol=0)
         nll.mean().backward()
-    golden.check_gradients(model, case, FAMILY)
+    golden.check_gradients(model, case, PUBLISHED)
     state = model.carried.training_state()["state"]
     last = torch.cat([layer["c"] for layer in state])
     torch.testing.assert_close(last, case["state"], atol=1e-4, rtol=0)

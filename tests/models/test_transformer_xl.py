@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.commands.import_weights import FAMILIES
 from fairseq_sha.models.transformer_xl import (
+    PUBLISHED,
     TransformerXLConfig,
     TransformerXLDecoder,
     TransformerXLEnwik8Layers12Config,
@@ -18,7 +18,6 @@ from tests.models import golden
 from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
 
 CASES = golden_cases("transformer_xl")
-FAMILY = FAMILIES["transformer_xl"]
 
 
 def decoder(vocabulary=29, **fields):
@@ -43,7 +42,7 @@ def test_equals_published_code(name, training):
         clamp_len=max(int(case["setting/clamp_len"]), 0),
         same_length=bool(case["setting/same_length"]),
     )
-    golden.load(model, case, FAMILY).train(training)
+    golden.load(model, case, PUBLISHED).train(training)
     pieces = golden.segments(case["tokens"].t(), case["segments"])
     for i, (tokens, targets) in enumerate(pieces):
         with torch.no_grad():  # the fused form
@@ -53,7 +52,7 @@ def test_equals_published_code(name, training):
         nll = golden.token_losses(model(tokens, segment=f"train:1:{i}")[0], targets)
         torch.testing.assert_close(nll.t(), case[f"nll{i}"], atol=1e-4, rtol=0)
         nll.mean().backward()
-    golden.check_gradients(model, case, FAMILY)
+    golden.check_gradients(model, case, PUBLISHED)
 
 
 @pytest.mark.parametrize(
