@@ -5,7 +5,6 @@ import logging
 import os
 
 from fairseq_sha.errors import UserError
-from fairseq_sha.trained_model import TrainedModel
 
 
 def model_parser(command, description):
@@ -25,9 +24,32 @@ def model_parser(command, description):
     return parser
 
 
+def add_model_arguments(parser):
+    """Declare the options that name the model."""
+    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the trained model")
+    parser.add_argument(
+        "--data-bin",
+        metavar="DIR",
+        help="data folder that it was trained with, if the checkpoint does not hold its symbols",
+    )
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
+
+
+def load_model(args):
+    """The model that the options of :func:`add_model_arguments` name."""
+    import logging
+
+    logging.getLogger().setLevel(logging.WARNING)
+    from fairseq_sha.trained_model import TrainedModel
+
+    return TrainedModel.load(args.path, args.data_bin, args.cpu)
+
+
 def load(args):
     """The model that the options of :func:`model_parser` name."""
     logging.getLogger().setLevel(logging.WARNING)  # importing fairseq makes all packages talkative
+    from fairseq_sha.trained_model import TrainedModel
+
     return TrainedModel.load(args.path, args.data_bin, args.cpu)
 
 
