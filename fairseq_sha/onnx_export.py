@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from fairseq_sha.checks import torch_is_at_least
-from fairseq_sha.commands.common import check_new
 from fairseq_sha.errors import UserError
 
 #: A file holds its weights up to this size in bytes. Protocol buffers end at 2 GB; torch and
@@ -79,8 +78,8 @@ def export(model, path, length=1, int8=False):
             f"{MAX_BYTES_IN_ONE_FILE:,} can be quantised; leave it out"
         )
     weights_path = path.with_name(f"{path.name}.data")
-    if separate:
-        check_new([weights_path])
+    if separate and weights_path.exists():
+        raise UserError(f"{weights_path}: exists already; move it away")
     model.models[0].prepare_for_onnx_export_()
     names, start, rows_after = find_state(model, length)
     grows = [rows != len(tensor) for rows, tensor in zip(rows_after, start)]
@@ -158,9 +157,11 @@ def metadata(codec):
 
 def symbol_bytes(codec, token):
     """The bytes that a token stands for in the middle of a text."""
-    if codec.counts_words and token != codec.dictionary.eos():
-        return codec.dictionary[token].encode() + b" "
-    return codec.decode([token])
+    if not codec.counts_words:
+        return codec.decode([token])
+    if token == codec.dictionary.eos():
+        return b"\n"
+    return codec.dictionary[token].encode() + b" "
 
 
 @torch.no_grad()

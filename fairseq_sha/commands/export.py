@@ -2,8 +2,8 @@
 
     fairseq-sha export --path checkpoint.pt --save model.onnx [--length 1] [--int8]
 
-The graph takes ``tokens``, int64 ``[length, streams]``, and the state that the text before left. It
-returns ``logits``, float32 ``[length, streams, symbols]``, and for each NAME of the state NAME.next.
+The graph takes tokens, int64 [length, streams], and the state that the text before left. It returns
+logits, float32 [length, streams, symbols], and NAME.next for each NAME of the state.
 The metadata of the file hold the rest, in JSON:
 
   codec          what symbols are: bytes or words
