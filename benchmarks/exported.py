@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from timing import arguments, describe_machine
 
-from fairseq_sha.commands.export import export
 from fairseq_sha.data.corpus import Corpus
+from fairseq_sha.onnx_export import export
 from fairseq_sha.trained_model import TrainedModel
 
 STEPS = 300
@@ -84,7 +84,7 @@ def main(argv=None):
     model = TrainedModel.load(args.checkpoint, cpu=True)
     length = model.cfg.task.tokens_per_sample
     corpus = Corpus(f"{args.data}/test")
-    text = np.append(model.dictionary.eos(), corpus.tokens[: args.bytes].astype(np.int64))
+    text = np.append(model.task.codec.start, corpus.tokens[: args.bytes].astype(np.int64))
     print(f"{describe_machine()}; segments of {length}\n")
     print("| form | bytes of file | bits per byte | bytes/s, in segments | one at a time |")
     print("| --- " * 5 + "|")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_sha import UserError
+from fairseq_sha import commands, onnx_export
 from fairseq_sha.checks import torch_is_at_least
-from fairseq_sha.commands import export
+from fairseq_sha.data.codecs import WordCodec
 from fairseq_sha.trained_model import TrainedModel
 from tests.commands import REPOSITORY
 from tests.options import FAMILIES
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_session(path, segments):
-    """Logits of segments in turn, each ``[T, B]``."""
+    """Logits of segments in turn, each ``[T, B]``, from nothing but the file."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path))
@@ -36,8 +36,8 @@ def run_session(path, segments):
     }
     out = []
     for tokens in segments:
-        logits, *left = session.run(None, {"tokens": tokens, **state})
-        state = dict(zip(state, left))
+        logits, *new_state = session.run(None, {"tokens": tokens, **state})
+        state = dict(zip(state, new_state))
         out.append(logits)
     return np.concatenate(out)
 
@@ -65,7 +65,7 @@ def read(model, segments):
 def test_exported_model_gives_the_same_logits(checkpoints, tmp_path, family, length):
     """Over more tokens than any window or memory here holds, in another number of streams."""
     model = TrainedModel.load(checkpoints[family], cpu=True)
-    export.export(model, tmp_path / "model.onnx", length)
+    onnx_export.export(model, tmp_path / "model.onnx", length)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     for streams in (1, 3):
         segments = np.split(np.random.randint(4, 12, (140, streams)), 140 // length)
@@ -74,10 +74,103 @@ def test_exported_model_gives_the_same_logits(checkpoints, tmp_path, family, len
         np.testing.assert_allclose(exported, expected, atol=1e-4, rtol=1e-4)
 
 
+def altered(checkpoint, folder, **fields):
+    """A trained model with other settings."""
+    state = torch.load(checkpoint, weights_only=True)
+    state["cfg"]["model"].update(fields)
+    if "attn_span" in fields:
+        positions = state["model"]["decoder.key_positions"]
+        state["model"]["decoder.key_positions"] = positions[:, -fields["attn_span"] :].clone()
+    torch.save(state, folder / "altered.pt")
+    return TrainedModel.load(folder / "altered.pt", cpu=True)
+
+
+@pytest.mark.parametrize(
+    "family, setting, length",
+    [
+        ("TransformerXL", {"mem_len": 1}, 1),
+        ("TransformerXL", {"mem_len": 2}, 1),
+        ("SRUpp", {"eval_unroll": 1}, 1),
+        ("SHARNN", {"window": 1}, 1),
+        ("SHARNN", {"window": 2}, 1),
+        ("SHARNN", {"window": 4}, 3),
+        ("AdaptiveSpan", {"attn_span": 1}, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                ("TransformerXL", {"mem_len": 0}, 1),
+                ("TransformerXL", {"mem_len": 1, "same_length": True}, 1),
+                ("TransformerXL", {"mem_len": 1}, 7),
+                ("TransformerXL", {"mem_len": 3}, 1),
+                ("TransformerXL", {"mem_len": 8}, 7),
+                ("SRUpp", {"eval_unroll": 2}, 1),
+                ("SRUpp", {"eval_unroll": 9}, 7),
+                ("SHARNN", {"window": 3}, 1),
+                ("SHARNN", {"window": 2}, 7),
+                ("AdaptiveSpan", {"attn_span": 2}, 7),
+            ]
+        ),
+    ],
+)
+def test_shortest_windows(checkpoints, tmp_path, family, setting, length):
+    """After one token, and as the text goes on: a memory of one token has the shape of a
+    recurrence's state, and windows that a call just fills or does not fill."""
+    model = altered(checkpoints[family], tmp_path, **setting)
+    for parameter in model.decoder.parameters():  # so that every part shows in the logits
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+        elif parameter.numel() == 1:
+            torch.nn.init.ones_(parameter)  # SRU++'s alpha
+    onnx_export.export(model, tmp_path / "model.onnx", length)
+    segments = np.split(np.random.randint(4, 12, (12 * length, 3)), 12)
+    expected = read(model, segments)
+    exported = run_session(tmp_path / "model.onnx", segments)
+    np.testing.assert_allclose(exported, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_large_weights_go_to_a_file_beside(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_export, "MAX_BYTES_IN_ONE_FILE", 5000)
+    out = tmp_path / "out"
+    out.mkdir()
+    options = ["--path", str(checkpoints["SHARNN"]), "--save", str(out / "large.onnx")]
+    assert commands.main(["export", *options, "--int8"]) == 1
+    assert "--int8: the model's weights take" in capsys.readouterr().err
+    assert not list(out.iterdir())
+    (out / "large.onnx.data").write_bytes(b"kept")
+    assert commands.main(["export", *options]) == 1
+    assert "large.onnx.data: exists already" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["large.onnx.data"]
+    (out / "large.onnx.data").unlink()
+
+    assert commands.main(["export", *options]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["large.onnx", "large.onnx.data"]
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    out = out.rename(tmp_path / "moved")
+    segments = np.split(np.random.randint(4, 12, (20, 2)), 20)
+    model = TrainedModel.load(checkpoints["SHARNN"], cpu=True)
+    exported = run_session(out / "large.onnx", segments)
+    np.testing.assert_allclose(exported, read(model, segments), atol=1e-4, rtol=1e-4)
+
+
+def test_metadata_say_what_symbols_stand_for(checkpoints):
+    codec = TrainedModel.load(checkpoints["SHARNN"], cpu=True).task.codec
+    about = onnx_export.metadata(codec)
+    symbols, excluded = json.loads(about["symbols"]), json.loads(about["not_generated"])
+    assert about["codec"] == "bytes" and len(symbols) == len(codec.dictionary)
+    assert sorted(filter(None, symbols)) == sorted("abcdefgh \n")
+    assert {i for i, symbol in enumerate(symbols) if not symbol} <= set(excluded)
+    assert not [i for i in excluded if symbols[i]] and symbols[json.loads(about["start"])] == "\n"
+
+    codec = WordCodec.from_symbols(["<s>", "<pad>", "</s>", "<unk>", "the", "é"])
+    symbols = json.loads(onnx_export.metadata(codec)["symbols"])
+    assert symbols[4:] == ["the ", "é ".encode().decode("latin-1")] and symbols[2] == "\n"
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_example_generates_the_same_text_without_torch(checkpoints, tmp_path, int8):
     path = str(checkpoints["SHARNN"])
-    export.main(["--path", path, "--save", str(tmp_path / "model.onnx"), *["--int8"] * int8])
+    options = ["--path", path, "--save", str(tmp_path / "model.onnx"), *["--int8"] * int8]
+    assert commands.main(["export", *options]) == 0
     code = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]\n"
     code += "exec(open(sys.argv[0]).read())"
     script = str(REPOSITORY / "examples" / "onnx" / "generate.py")
@@ -100,7 +193,7 @@ def test_int8_model_is_close(checkpoints, tmp_path, length):
 
     model = TrainedModel.load(checkpoints["SHARNN"], cpu=True)
     for int8 in (False, True):
-        export.export(model, tmp_path / f"{int8}.onnx", length, int8)
+        onnx_export.export(model, tmp_path / f"{int8}.onnx", length, int8)
     graph = onnx.load(tmp_path / "True.onnx").graph
     weights = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # only attention multiplies what is no weight
@@ -112,11 +205,11 @@ def test_int8_model_is_close(checkpoints, tmp_path, length):
     assert 1e-5 < difference < 0.1
 
 
-def test_existing_file_is_kept(checkpoints, tmp_path):
+def test_existing_file_is_kept(checkpoints, tmp_path, capsys):
     (tmp_path / "model.onnx").write_bytes(b"kept")
     options = ["--path", str(checkpoints["SHARNN"]), "--save", str(tmp_path / "model.onnx")]
-    with pytest.raises(UserError, match="exists already"):
-        export.main(options)
-    with pytest.raises(UserError, match="--length 0: must be"):
-        export.main([*options, "--length", "0"])
+    assert commands.main(["export", *options]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert commands.main(["export", *options, "--length", "0"]) == 1
+    assert "--length 0: must be" in capsys.readouterr().err
     assert (tmp_path / "model.onnx").read_bytes() == b"kept"

@@ -5,13 +5,13 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fairseq_sha import UserError, compress, decompress, generate, score
+from fairseq_sha import UserError
+from fairseq_sha.commands import generate, score
 from fairseq_sha.trained_model import TrainedModel
 from tests.commands import REPOSITORY
 from tests.options import FAMILIES
@@ -223,134 +223,3 @@ def test_score_draws_standard_input(path, tmp_path, monkeypatch, capsys):
     assert out.startswith("standard input: 7 bytes, ") and shown == "abc\u21b5\ndef"
     out, shown = scored(b"")
     assert out == "standard input: 0 bytes\n" and shown == ""
-
-
-# Compression
-
-
-@pytest.mark.parametrize("streams", [None, 1, 3])
-def test_files_come_back_bit_for_bit(model, streams):
-    known = text(331, seed=6)
-    for data in (b"", b"a", b"\xff", known, b"\x00\xffz" + known[:40] + bytes(range(256))):
-        assert decompress.decompress(model, compress.compress(model, data, streams)) == data
-
-
-def test_size_is_what_the_bits_promise(sha_rnn):
-    data = text(6001, seed=6)
-    promised = sum(sha_rnn.bits(part).sum() for part in (data[:3001], data[3001:]))
-    overhead = len(compress.compress(sha_rnn, b""))
-    size = len(compress.compress(sha_rnn, data, streams=2)) - overhead
-    assert 8 * size < promised * 1.005 + 32
-    assert overhead < 64
-
-
-def test_both_ways_use_the_given_threads(sha_rnn, monkeypatch):
-    before, seen, read = torch.get_num_threads(), set(), sha_rnn.read
-
-    def counting_read(*args):
-        seen.add(torch.get_num_threads())
-        return read(*args)
-
-    monkeypatch.setattr(sha_rnn, "read", counting_read)
-    packed = compress.compress(sha_rnn, b"abc", threads=before + 1)
-    assert decompress.decompress(sha_rnn, packed) == b"abc"
-    assert seen == {before + 1} and torch.get_num_threads() == before
-
-
-@pytest.mark.parametrize("lacking", [0, 1])
-def test_model_that_knows_almost_all_bytes(sha_rnn, lacking):
-    """Its dictionary is widened, and its weights with it."""
-    dictionary, decoder = sha_rnn.dictionary, sha_rnn.decoder
-    known = {value for value in dictionary.bytes_by_id() if value is not None}
-    for value in sorted(set(range(256)) - known)[lacking:]:
-        dictionary.add_symbol(str(value))
-    more = len(dictionary) - len(decoder.embedding.weight)
-    decoder.embedding.weight.data = torch.nn.functional.pad(
-        decoder.embedding.weight.data, (0, 0, 0, more)
-    )
-    decoder.output_bias.data = torch.nn.functional.pad(decoder.output_bias.data, (0, more))
-    data = bytes(range(256)) + b"\x00\x00abc"
-    assert compress.decompress(sha_rnn, compress.compress(sha_rnn, data)) == data
-
-
-def test_model_trained_in_half_precision_is_used_in_single(path, tmp_path):
-    state = torch.load(path, weights_only=True)
-    state["cfg"]["common"]["bf16"] = True
-    state["model"] = {name: tensor.bfloat16() for name, tensor in state["model"].items()}
-    torch.save(state, tmp_path / "half.pt")
-    model = TrainedModel.load(tmp_path / "half.pt", cpu=True)
-    assert next(model.parameters()).dtype == torch.float32
-    assert compress.decompress(model, compress.compress(model, b"abc")) == b"abc"
-
-
-def test_numbers_are_checked_before_the_work(sha_rnn):
-    for numbers in ({"streams": 0}, {"streams": 70000}, {"threads": 0}):
-        with pytest.raises(UserError, match="must be from 1 to"):
-            compress.compress(sha_rnn, b"abc", **numbers)
-
-
-def test_what_cannot_be_brought_back_is_refused(sha_rnn, checkpoints):
-    packed = compress.compress(sha_rnn, text(500))
-    for damaged in (packed[:-1], packed[:20], packed[:5], packed + b"x", b"", b"SHAC"):
-        with pytest.raises(UserError, match="damaged or cut off|not a file that"):
-            decompress.decompress(sha_rnn, damaged)
-    for at in range(0, len(packed), 7):
-        damaged = bytearray(packed)
-        damaged[at] ^= 16
-        with pytest.raises(UserError, match="damaged or cut off|not a file that"):
-            decompress.decompress(sha_rnn, bytes(damaged))
-    other = TrainedModel.load(checkpoints["MinRNN"], cpu=True)
-    with pytest.raises(UserError, match="another model"):
-        decompress.decompress(other, packed)
-
-
-def test_last_digits_that_differ_are_noticed(sha_rnn, monkeypatch, caplog):
-    packed = compress.compress(sha_rnn, text(500))
-    read = sha_rnn.read
-    monkeypatch.setattr(sha_rnn, "read", lambda *args: (read(*args)[0] * 1.001, read(*args)[1]))
-    with pytest.raises(UserError, match="other last digits here; use the machine"):
-        decompress.decompress(sha_rnn, packed)
-    assert "another installation" not in caplog.text
-    monkeypatch.setattr(compress, "identity_of_build", lambda _: b"elsewhere")
-    with pytest.raises(UserError, match="other last digits here; use the machine"):
-        decompress.decompress(sha_rnn, packed)
-    assert "another installation" in caplog.text
-
-
-def test_commands_compress_and_decompress(path, tmp_path, capsys):
-    contents = {"one": text(900), "two.txt": b"\xffabc"}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    files = [str(tmp_path / name) for name in contents]
-    packed = [f"{file}.shac" for file in files]
-    options = ["--path", path, "--cpu"]
-    compress.main([*options, *files])
-    assert re.search(r"one: 900 to \d+ bytes, [0-9.]+ bits per byte", capsys.readouterr().out)
-    for main, again in ((compress.main, files), (decompress.main, packed)):
-        with pytest.raises(UserError, match="exists already"):
-            main([*options, *again])
-    for file in files:
-        Path(file).unlink()
-    decompress.main([*options, *packed])
-    assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
-    assert len(list(tmp_path.iterdir())) == 4
-    Path(files[0]).unlink()
-    Path(packed[0]).write_bytes(Path(packed[0]).read_bytes()[:-3])
-    with pytest.raises(UserError, match="one.shac: damaged or cut off"):
-        decompress.main([*options, packed[0]])
-    assert len(list(tmp_path.iterdir())) == 3
-    with pytest.raises(UserError, match="its folder is missing"):
-        score.main([*options, files[1], "--html", str(tmp_path / "none" / "picture.html")])
-
-
-@pytest.mark.parametrize(
-    "main, argv, message",
-    [
-        (compress.main, ["--streams", "0", "x"], "--streams 0: must be from 1 to 65535"),
-        (compress.main, ["--threads", "70000", "x"], "--threads 70000: must be from 1 to 1024"),
-        (decompress.main, ["x.gz"], "x.gz: does not end in .shac"),
-    ],
-)
-def test_options_of_compression_are_checked(main, argv, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        main(["--path", "checkpoint.pt", *argv])

@@ -11,31 +11,38 @@ import numpy as np
 import onnxruntime
 
 parser = argparse.ArgumentParser()
-parser.add_argument("model", help="of fairseq_sha.commands.export, --length 1")
+parser.add_argument("model", help="file that fairseq-sha export --length 1 wrote")
 parser.add_argument("prompt")
-parser.add_argument("--length", type=int, default=300)
-parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest byte always")
+parser.add_argument("--length", type=int, default=300, help="symbols to generate")
+parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest symbol")
 args = parser.parse_args()
 
 session = onnxruntime.InferenceSession(args.model)
-metadata = session.get_modelmeta().custom_metadata_map  # quantisation adds some that are not JSON
-about = {key: json.loads(metadata[key]) for key in ("bytes", "start", "state")}
-byte_of, token = about["bytes"], about["start"]
+metadata = session.get_modelmeta().custom_metadata_map
+symbols = [symbol.encode("latin-1") for symbol in json.loads(metadata["symbols"])]
+token = json.loads(metadata["start"])
 state = {
-    name: np.zeros([shape[0], 1, *shape[2:]], np.float32) for name, shape in about["state"].items()
+    name: np.zeros([shape[0], 1, *shape[2:]], np.float32)
+    for name, shape in json.loads(metadata["state"]).items()
 }
-forbidden = [byte is None for byte in byte_of]
-prompt = args.prompt.encode()
+text = args.prompt.encode()
+if metadata["codec"] == "bytes":
+    prompt = [bytes([value]) for value in text]
+else:
+    prompt = [word + b" " for word in text.split()]
+unknown = [symbol for symbol in prompt if symbol not in symbols]
+if unknown:
+    sys.exit(f"error: the model has no symbol for {unknown[0]}; remove it from the prompt")
+
 for number in range(len(prompt) + args.length):
-    logits, *left = session.run(None, {"tokens": np.array([[token]]), **state})
-    state = dict(zip(state, left))
+    logits, *new_state = session.run(None, {"tokens": np.array([[token]]), **state})
+    state = dict(zip(state, new_state))
     if number < len(prompt):
-        if prompt[number] not in byte_of:
-            sys.exit(f"error: the model knows no byte {prompt[number]}; remove it from the prompt")
-        token = byte_of.index(prompt[number])
+        token = symbols.index(prompt[number])
     else:
-        scores = np.where(forbidden, -np.inf, logits[0, 0])
+        scores = logits[0, 0].astype(float)
+        scores[json.loads(metadata["not_generated"])] = -np.inf
         noise = np.random.gumbel(size=scores.shape)  # the largest sum is a draw from the softmax
         token = int(np.argmax(scores + args.temperature * noise))
-    sys.stdout.buffer.write(bytes([byte_of[token]]))
+    sys.stdout.buffer.write(symbols[token])
     sys.stdout.buffer.flush()

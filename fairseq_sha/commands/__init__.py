@@ -27,6 +27,9 @@ COMMANDS = {
 
 def main(argv=None):
     """Run a command; returns the exit status. An error that the user can fix is one line."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # A name or a text that the terminal cannot show must not end the work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         status = args.run(args) or 0

@@ -72,9 +72,9 @@ def run(args):
 
 def print_tokens(codec, tokens, nats):
     """Bits of each token, and its text."""
-    for token, cost in zip(tokens, nats / math.log(2)):
-        text = codec.decode([token]).decode("utf-8", "backslashreplace")
-        print(f"{cost:.3f}\t{text!r}")
+    texts = {t: codec.decode([t]).decode("utf-8", "backslashreplace") for t in set(tokens.tolist())}
+    for token, cost in zip(tokens.tolist(), nats / math.log(2)):
+        print(f"{cost:.3f}\t{texts[token]!r}")
 
 
 def print_lines(data, bits):

@@ -1,0 +1,313 @@
+"""Checkpoints made from the weights of reference implementations."""
+
+import io
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from fairseq.criterions.cross_entropy import CrossEntropyCriterionConfig
+from fairseq.dataclass.configs import FairseqConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import fairseq_sha
+from fairseq_sha.checkpoints import is_damaged
+from fairseq_sha.data.codecs import CODECS
+from fairseq_sha.data.corpus import Corpus
+from fairseq_sha.errors import UserError
+from fairseq_sha.files import unfinished
+from fairseq_sha.models.family import FAMILIES
+
+# The output bias of symbols that are missing from the weights: e to this power is 0 in every
+# floating type, and unlike minus infinity it survives weight decay when training continues.
+NO_PROBABILITY = -1e4
+
+
+def family(name):
+    """The family of this name.
+
+    Raises:
+        UserError: there is none, or no weights of it were published
+    """
+    fairseq_sha.register()
+    known = [family.name for family in FAMILIES.values() if family.published]
+    if name not in known:
+        raise UserError(f"{name}: not a family with published weights; name {', '.join(known)}")
+    return FAMILIES[name]
+
+
+def read_weights(path):
+    """A state dict: tensors by name. Code that the file may hold is never run.
+
+    Raises:
+        UserError: no such file, or it holds anything else
+    """
+    try:
+        with open(path, "rb") as file:
+            content = io.BytesIO(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a state dict")
+    if is_damaged(content):
+        raise UserError(f"{path}: damaged, its contents do not match their checksums; get it again")
+    try:
+        weights = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception:  # of any type, depending on where the file stops making sense
+        raise UserError(
+            f"{path}: not a state dict that torch loads safely; save it with "
+            "torch.save(model.state_dict(), FILE)"
+        )
+    is_state_dict = isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    )
+    if not is_state_dict or not weights:
+        content = f"a dict of {', '.join(map(repr, list(weights)[:5]))}" if weights else "nothing"
+        if not isinstance(weights, dict):
+            content = f"a {type(weights).__name__}"
+        raise UserError(f"{path}: holds {content}, not tensors by name; save only the state dict")
+    return weights
+
+
+def read_symbols(path, codec="bytes"):
+    """What each row of the vocabulary stands for.
+
+    Args:
+        path (str): a file with one symbol a line
+        codec (str): ``bytes`` or ``words``
+
+    Returns:
+        list of str: the symbols as a dictionary of fairseq names them: decimal byte values or
+        words, ``</s>`` for newline
+
+    Raises:
+        UserError: no such file, a line that is no symbol, or one that occurs twice
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a file of symbols")
+    if lines[-1] == b"":
+        lines.pop()
+    parse = {"bytes": _parse_byte, "words": _parse_word}[codec]
+    symbols, seen = [], set()
+    for number, line in enumerate(lines, 1):
+        line = line[:-1] if line.endswith(b"\r") else line
+        try:
+            symbol = parse(line)
+        except ValueError as error:
+            shown = line[:20].decode("ascii", "backslashreplace")
+            raise UserError(f"{path}, line {number}: {shown!r} is not {error}")
+        if symbol in seen:
+            raise UserError(f"{path}, line {number}: {symbol!r} appears twice; name each row once")
+        seen.add(symbol)
+        symbols.append(symbol)
+    return symbols
+
+
+def _parse_byte(line):
+    if not re.fullmatch(rb"[0-9]{1,3}", line) or int(line) > 255:
+        raise ValueError(
+            "a byte value; give one decimal number of 0 to 255 a line, in the order of the rows"
+        )
+    return "</s>" if int(line) == 10 else str(int(line))
+
+
+def _parse_word(line):
+    words = line.decode("utf-8", "replace").split()
+    if len(words) != 1 or words[0].encode() != line:
+        raise ValueError(
+            "a word; give one word in UTF-8 a line, without spaces, in the order of the rows"
+        )
+    return words[0]
+
+
+def check_symbols(symbols, codec, folder):
+    """Check that weights and data folder have the same symbols.
+
+    Args:
+        symbols (list of str): of the weights' rows
+        codec (~fairseq_sha.data.codecs.Codec): of the data folder
+        folder (str): the data folder
+
+    Returns:
+        LongTensor: the token id of each row
+
+    Raises:
+        UserError: the data folder lacks a symbol of the weights, or its text holds one that the
+            weights lack
+    """
+    indices = codec.dictionary.indices
+    for symbol in symbols:
+        if symbol not in indices:
+            remedy = " with --all-bytes" if codec.name == "bytes" else ", with this symbol"
+            raise UserError(
+                f"{folder}: its dictionary lacks {symbol!r}, a symbol of the weights; preprocess "
+                f"the corpus{remedy}"
+            )
+    ids = torch.tensor([indices[symbol] for symbol in symbols])
+    for split in ("train", "valid", "test"):
+        prefix = Path(folder) / split
+        if not prefix.with_suffix(".idx").exists():
+            continue
+        tokens = Corpus(str(prefix)).tokens
+        counts = np.bincount(tokens, minlength=len(codec.dictionary))
+        counts[ids.numpy()] = 0
+        for token in np.flatnonzero(counts):
+            known = token < len(codec.dictionary)
+            symbol = repr(codec.dictionary[token]) if known else f"token {token}"
+            raise UserError(
+                f"{prefix}: contains {symbol} {counts[token]:,} times, which has probability zero "
+                "since it is missing from the weights; evaluate on what they were trained on"
+            )
+    return ids
+
+
+def build_config(family, weights, settings):
+    """The model's config: sizes from shapes, the rest from settings.
+
+    Args:
+        family (Family): of the model
+        weights (dict of str to Tensor): prepared
+        settings (list of str): ``name=value``
+
+    Raises:
+        UserError: a setting that does not exist, has no such value, or contradicts a shape
+    """
+    sizes = family.published.sizes(weights)
+    given = {}
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if not equals or field not in family.published.settings:
+            raise UserError(
+                f"--set {setting}: give name=value with one of "
+                f"{', '.join(family.published.settings)}; other sizes are read off the weights"
+            )
+        given[field] = value
+    try:
+        cfg = OmegaConf.merge(
+            OmegaConf.structured(family.config(**sizes)),
+            OmegaConf.from_dotlist([f"{field}={value}" for field, value in given.items()]),
+        )
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"--set {' '.join(settings)}: {str(error).splitlines()[0]}")
+    for field in set(given) & set(sizes):
+        if cfg[field] != sizes[field]:
+            raise UserError(
+                f"--set {field}={given[field]}: the shapes of the weights say {sizes[field]}; "
+                "leave it out"
+            )
+    return cfg
+
+
+def place_rows(rows, ids, size):
+    """Put the rows of a vocabulary tensor at the token ids of their symbols.
+
+    Args:
+        rows (Tensor): ``[R, H]``, or ``[R]`` for a bias
+        ids (LongTensor): token id of each row, ``[R]``
+        size (int): of our vocabulary
+
+    Returns:
+        Tensor ``[size, H]`` or ``[size]``
+    """
+    # A bias decides that symbols that are missing from the weights get probability zero.
+    placed = rows.new_full((size, *rows.shape[1:]), NO_PROBABILITY if rows.dim() == 1 else 0.0)
+    placed[ids] = rows
+    return placed
+
+
+def make_task(codec, folder):
+    """The task that reads a data folder with a codec."""
+    from fairseq_sha.tasks import byte_language_modeling, segment_language_modeling
+
+    if codec.name == "bytes":
+        cfg = byte_language_modeling.ByteLanguageModelingConfig(data=str(folder))
+        return byte_language_modeling.ByteLanguageModelingTask(cfg, codec)
+    cfg = segment_language_modeling.SegmentLanguageModelingConfig(
+        data=str(folder), codec=codec.name
+    )
+    return segment_language_modeling.SegmentLanguageModelingTask(cfg, codec)
+
+
+def make_checkpoint(name, cfg, model, task):
+    """What fairseq loads: weights, and the configs of model, task and criterion."""
+
+    def plain(config):
+        return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+    byte_level = task.codec.name == "bytes"
+    root = plain(FairseqConfig)
+    root["model"] = {**OmegaConf.to_container(cfg, enum_to_str=True), "_name": name}
+    root["task"] = {
+        **plain(task.cfg),
+        "_name": "byte_language_modeling" if byte_level else "segment_language_modeling",
+    }
+    with_losses = model.decoder.has_auxiliary_losses
+    root["criterion"] = {
+        **plain(CrossEntropyCriterionConfig),
+        "_name": "cross_entropy" + "_with_auxiliary_losses" * with_losses,
+        "sentence_avg": False,
+    }
+    return {
+        "args": None,
+        "cfg": OmegaConf.to_container(OmegaConf.create(root), resolve=True),
+        "model": model.state_dict(),
+        "criterion": None,
+        "optimizer_history": [
+            {
+                "criterion_name": "CrossEntropyCriterion",
+                "optimizer_name": None,
+                "lr_scheduler_state": {},
+                "num_updates": 0,
+            }
+        ],
+        "task_state": task.state_dict(),
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        "last_optimizer_state": None,
+    }
+
+
+def import_weights(name, weights_path, symbols_path, folder, save, settings=(), codec="bytes"):
+    """Write a checkpoint.
+
+    Args:
+        name (str): of the model family
+        weights_path (str): see :func:`read_weights`
+        symbols_path (str): see :func:`read_symbols`
+        folder (str): data folder
+        save (str): the checkpoint to write
+        settings (list of str): see :func:`build_config`
+        codec (str): ``bytes`` or ``words``
+
+    Returns:
+        the model's config
+
+    Raises:
+        UserError: whatever is wrong, before anything is written
+    """
+    chosen = family(name)
+    published = chosen.published
+    weights = published.prepare(read_weights(weights_path))
+    symbols = read_symbols(symbols_path, codec)
+    codec = CODECS[codec].load(str(folder))
+    ids = check_symbols(symbols, codec, folder)
+    cfg = build_config(chosen, weights, settings)
+    task = make_task(codec, folder)
+    model = chosen.model.build_model(cfg, task)
+    shapes = {
+        key: (len(symbols), *p.shape[1:]) if key in published.vocabulary else tuple(p.shape)
+        for key, p in model.decoder.named_parameters()
+    }
+    converted = published.convert(weights, shapes)
+    for key in published.vocabulary:
+        converted[key] = place_rows(converted[key], ids, len(codec.dictionary))
+    state = OrderedDict((f"decoder.{key}", value) for key, value in converted.items())
+    model.load_state_dict(state)
+    try:
+        with unfinished(save) as temporary:
+            torch.save(make_checkpoint(name, cfg, model, task), temporary)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{save}: cannot be written ({str(error).splitlines()[0]})")
+    return cfg
