@@ -71,7 +71,7 @@ def test_model_that_knows_almost_all_bytes(sha_rnn, lacking):
     decoder.embedding.weight.data = torch.nn.functional.pad(
         decoder.embedding.weight.data, (0, 0, 0, more)
     )
-    decoder.output_bias.data = torch.nn.functional.pad(decoder.output_bias.data, (0, more))
+    decoder.head.bias.data = torch.nn.functional.pad(decoder.head.bias.data, (0, more))
     data = bytes(range(256)) + b"\x00\x00abc"
     assert compression.decompress(sha_rnn, compression.compress(sha_rnn, data)) == data
 

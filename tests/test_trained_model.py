@@ -74,7 +74,7 @@ def test_symbols_of_no_probability_do_not_end_sampling(path):
     """As the one for the end has in imported weights, and any at a low temperature."""
     model = TrainedModel.load(path, cpu=True)
     with torch.no_grad():
-        model.decoder.output_bias[model.dictionary.bos()] = -1e4
+        model.decoder.head.bias[model.dictionary.bos()] = -1e4
     out = model.continuation(b"abc", 20, sampling=True, beam=1)
     assert len(out) == 20
     tokens = model.encode(b"abc" + out)
