@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import fairseq_sha
 from fairseq_sha import compatibility
-from fairseq_sha.models.family import FAMILIES
+from fairseq_sha.models.family import architecture_names
 
 fairseq_sha.register()
 compatibility.flush_denormals()  # as in training
@@ -22,7 +22,7 @@ SYMBOLS = 204  # byte values, as many as enwik8's
 
 def configs(folder):
     """Names of the configs in a folder of ``examples/`` whose model is one of ours."""
-    ours = {name for f in FAMILIES.values() for name in (f.name, *f.architectures)}
+    ours = architecture_names()
     names = [f"{folder}/{path.stem}" for path in sorted((EXAMPLES / folder).glob("*.yaml"))]
     return [name for name in names if settings(name)["model"]["_name"] in ours]
 

@@ -13,20 +13,20 @@ from types import ModuleType
 from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
 
-from fairseq_sha.models.family import FAMILIES
-
 logger = logging.getLogger(__name__)
 
 PACKAGE = __name__.partition(".")[0]
-TASKS = ("segment_language_modeling", "byte_language_modeling")
 
 
-def taken_names():
-    """Names of this package's models and tasks that another plug-in registered before: a dict of
-    name to the other's module."""
-    models = [name for f in FAMILIES.values() for name in (f.name, *f.architectures)]
+def taken_names(models, tasks):
+    """Which of this package's names another plug-in registered before: a dict of name to the
+    other's module.
+
+    Args:
+        models, tasks (iterable of str): names that this package registers
+    """
     registered = [(name, MODEL_REGISTRY[name]) for name in models]
-    registered += [(name, TASK_REGISTRY[name]) for name in TASKS if name in TASK_REGISTRY]
+    registered += [(name, TASK_REGISTRY[name]) for name in tasks]
     return {
         name: cls.__module__
         for name, cls in registered
@@ -71,9 +71,9 @@ def _imports_it(module, cls):
     return not attributes & defined
 
 
-def warn_of_taken_registrations():
-    """Log each of :func:`taken_names`."""
-    for name, module in taken_names().items():
+def warn_of_taken_names(taken):
+    """Log what :func:`taken_names` returned."""
+    for name, module in taken.items():
         logger.warning(
             "%s: %s has registered this name before, so fairseq uses that one; to use the one of "
             "fairseq_sha, do not import the other",

@@ -56,6 +56,11 @@ class Family:
 FAMILIES = {}
 
 
+def architecture_names():
+    """All names that ``--arch`` knows: of families, and of their named architectures."""
+    return [name for family in FAMILIES.values() for name in (family.name, *family.architectures)]
+
+
 def register_family(name, config, architectures, tiny, published=None):
     """Class decorator: register a model class and its named architectures with fairseq and in
     :data:`FAMILIES`.

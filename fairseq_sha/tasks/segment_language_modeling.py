@@ -50,6 +50,7 @@ from fairseq_sha.data.segment_iterator import SegmentIterator
 from fairseq_sha.data.segments import SegmentDataset
 from fairseq_sha.errors import UserError
 from fairseq_sha.evaluation.policies import Carried, Sliding
+from fairseq_sha.models.family import architecture_names
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 from fairseq_sha.registrations import taken_names
 from fairseq_sha.tasks.generation import SamplingOrForced, continue_prompts
@@ -189,7 +190,7 @@ class SegmentLanguageModelingTask(FairseqTask):
     def build_model(self, cfg, from_checkpoint=False):
         """fairseq's hook. Training builds its model anew, before it looks for a checkpoint."""
         self.is_training = not from_checkpoint
-        taken = taken_names().get(getattr(cfg, "_name", None))
+        taken = taken_names(architecture_names(), tasks=()).get(getattr(cfg, "_name", None))
         if taken is not None:
             raise UserError(
                 f"--arch {cfg._name}: {taken} has registered this name, before fairseq_sha could; "
