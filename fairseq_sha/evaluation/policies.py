@@ -43,7 +43,7 @@ class Carried(NamedTuple):
         )
 
     def __str__(self):
-        kind = "carried state" if self.has_state else "no state"
+        kind = "state carried" if self.has_state else "no state"
         return f"{kind}, {self.streams} streams, segments of {self.length}"
 
 
