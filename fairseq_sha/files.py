@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import secrets
 import shutil
 from pathlib import Path
 
@@ -21,9 +20,9 @@ def unfinished(path):
         OSError: the file cannot be written
     """
     path = Path(path)
-    # In the same folder, since a rename cannot leave the file system; the random part keeps two
-    # writers apart.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
+    # In the same folder, since a rename cannot leave the file system. Always the same name, so that
+    # what a killed process left is replaced by the next one.
+    temporary = path.with_name(f"{path.name}.unfinished")
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -20,6 +20,7 @@ from fairseq.models import register_model
 
 from fairseq_sha import UserError, compatibility
 from fairseq_sha.checks import torch_is_at_least
+from fairseq_sha.models.sha_rnn import SHARNNLayer
 from fairseq_sha.tasks.segment_language_modeling import SegmentLanguageModelingTask
 from tests.commands import REPOSITORY, command, hydra_train, logged_losses
 from tests.options import SHA_RNN
@@ -380,3 +381,23 @@ def test_jobs_of_a_sweep_do_not_disturb_each_other(data, tmp_path):
     rest = hydra_train(tmp_path, "sweep", *sweep)
     assert rest.returncode == 0, rest.stdout
     assert rest.stdout.count("nothing left to train") == 1 and len(logged_losses(rest.stdout)) == 4
+
+
+def test_training_goes_on_from_the_state_before_a_batch_that_ran_out_of_memory(
+    data, tmp_path, monkeypatch, caplog
+):
+    """fairseq skips the batch and never feeds it again."""
+    forward, calls = SHARNNLayer.forward, []
+
+    def run_out_once(self, h, state, context):
+        if context.training and self.attention is not None:
+            calls.append(bool(state))
+            if len(calls) == 5:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, h, state, context)
+
+    monkeypatch.setattr(SHARNNLayer, "forward", run_out_once)
+    options = f"{SHA_RNN} --max-update 8 --no-save --save-dir {tmp_path}"
+    log = in_process("train", monkeypatch, caplog, data, *options.split())
+    assert "segments 4 to 4 of epoch 1 were lost" in log
+    assert len(calls) == 9 and calls[0] is False and all(calls[1:])

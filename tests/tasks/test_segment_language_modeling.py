@@ -45,6 +45,22 @@ def test_parameters_are_clamped_to_their_bounds(model):
     assert [span.tolist() for span in spans] == [[0, 0], [1, 1]]
 
 
+def test_attempt_ends_where_the_optimizer_steps(model):
+    """fairseq calls the hook after an overflow too, and may then feed the same segments again."""
+    decoder = model.decoder.train()
+    decoder.set_num_updates(3)
+    tokens = torch.randint(4, 29, (2, 5))
+    first, second = (decoder(tokens, segment=f"train:1:{i}")[0] for i in (0, 1))
+    update(SimpleNamespace(step=lambda: None), model)
+    assert torch.equal(decoder(tokens, segment="train:1:0")[0], first)
+    assert torch.equal(decoder(tokens, segment="train:1:1")[0], second)
+    update(SimpleNamespace(step=lambda: None), model)
+    third = decoder(tokens, segment="train:1:2")[0]  # the group was given up
+    update(SimpleNamespace(step=lambda: None), model)
+    assert torch.equal(decoder(tokens, segment="train:1:2")[0], third)
+    assert not torch.equal(third, decoder(tokens)[0])
+
+
 class Scaler:
     """Torch's gradient scaler, as far as it matters here: each object has a state of its own."""
 
