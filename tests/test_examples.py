@@ -14,6 +14,7 @@ from fairseq.optim.lr_scheduler import LR_SCHEDULER_DATACLASS_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
+from fairseq_sha.models import family
 from tests.conftest import dictionary_of
 from tests.models.helpers import VOCABULARY, check_cuts, check_one_token_at_a_time
 
@@ -107,15 +108,17 @@ def test_published_recipe(path):
     assert recipe["distributed_training"] == {"distributed_world_size": 1}
 
 
-def test_model_of_the_readme_carries_its_state(tmp_path):
+def test_model_of_the_readme_carries_its_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(family, "FAMILIES", dict(family.FAMILIES))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (code,) = [block for block in blocks if "@register_model" in block]
+    (code,) = [block for block in blocks if "@register_family" in block]
     path = tmp_path / "my_model.py"
     path.write_text(code, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("my_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    assert set(family.FAMILIES["my_model"].architectures) == {"my_model_large"}
     task = SimpleNamespace(source_dictionary=dictionary_of(VOCABULARY))
     model = module.MyModel.build_model(OmegaConf.structured(module.MyConfig()), task)
     check_one_token_at_a_time(model.decoder.eval(), 9)
