@@ -59,12 +59,13 @@ $(RUN)/trained: | $(DATA)/dict.txt
 	  --save-dir $(RUN)/checkpoints --tensorboard-logdir $(RUN)/tensorboard
 	touch $@
 
-$(RUN)/test.log: $(RUN)/trained
-	$(BIN)/fairseq-eval-lm $(DATA) --user-dir fairseq_sha --task byte_language_modeling --cpu \
-	  --path $(RUN)/checkpoints/checkpoint_last.pt --gen-subset test \
-	  --batch-size 8 --tokens-per-sample 64 2>&1 | tee $@
+# The command does not write over an older file.
+$(RUN)/test.json: $(RUN)/trained
+	rm -f $@
+	$(BIN)/fairseq-sha evaluate $(DATA) --path $(RUN)/checkpoints/checkpoint_last.pt --cpu \
+	  --split test --batch-size 8 --tokens-per-sample 64 --json $@
 
-$(RUN)/report.md: $(RUN)/test.log
+$(RUN)/report.md: $(RUN)/test.json
 	$(BIN)/python examples/enwiki6/report.py --data $(DATA) --run $(RUN)
 
 lint: $(VENV)/installed

@@ -1,5 +1,6 @@
 """A trained model as its users want it: text in, text out, with no file but its checkpoint."""
 
+import argparse
 import contextlib
 import hashlib
 
@@ -39,7 +40,7 @@ class TrainedModel(GeneratorHubInterface):
         self.eval()
 
     @classmethod
-    def load(cls, path, data=None, cpu=False, overrides=None):
+    def load(cls, path, data=None, cpu=False, overrides=None, allow_stock=False):
         """The model of a checkpoint that fairseq wrote.
 
         Args:
@@ -47,6 +48,8 @@ class TrainedModel(GeneratorHubInterface):
             data (str): data folder that it was trained with, for a checkpoint without its symbols
             cpu (bool): use the CPU even if there is a GPU
             overrides (dict): settings of the model to change
+            allow_stock (bool): accept fairseq's own models too, which can be evaluated, and have no
+                ``decoder.read``
 
         Raises:
             OSError: the file cannot be read
@@ -69,7 +72,10 @@ class TrainedModel(GeneratorHubInterface):
             for name, value in (overrides or {}).items():
                 if name not in cfg.model:
                     raise UserError(f"--model-overrides {name}: the model has no such setting")
-                OmegaConf.update(cfg.model, name, value)
+                if isinstance(cfg.model, argparse.Namespace):  # fairseq's models without a config
+                    setattr(cfg.model, name, value)
+                else:
+                    OmegaConf.update(cfg.model, name, value)
         saved = state.get("task_state") or {}
         if saved.get("symbols") and data is None:
             codec = CODECS[saved.get("codec", "bytes")].from_symbols(saved["symbols"])
@@ -78,10 +84,10 @@ class TrainedModel(GeneratorHubInterface):
             task = tasks.setup_task(cfg.task)
             task.load_state_dict(saved)
         model = task.build_model(cfg.model, from_checkpoint=True)
-        if not isinstance(model.decoder, SegmentDecoder):
+        if not (allow_stock or isinstance(model.decoder, SegmentDecoder)):
             raise UserError(
                 f"{path}: --arch {cfg.model._name} is not a model of fairseq_sha; use "
-                "fairseq-eval-lm or fairseq-interactive"
+                "fairseq-sha evaluate or fairseq-interactive"
             )
         identity = digest(state["model"], cfg.model, task.source_dictionary.symbols)
         with threads(1):  # what is computed from the weights must not depend on their number
@@ -174,9 +180,11 @@ def digest(weights, settings, symbols):
 
     Args:
         weights (dict of str to Tensor): as in the checkpoint
-        settings (DictConfig): of the model
+        settings (DictConfig or argparse.Namespace): of the model
         symbols (list of str): of its dictionary
     """
+    if isinstance(settings, argparse.Namespace):
+        settings = vars(settings)
     described = sorted((key, str(value)) for key, value in settings.items())
     total = hashlib.sha256(repr((described, symbols)).encode())
     for name, tensor in sorted(weights.items()):

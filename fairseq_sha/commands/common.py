@@ -28,8 +28,12 @@ def add_model_arguments(parser):
     )
 
 
-def load_model(args):
+def load_model(args, allow_stock=False):
     """The :class:`~fairseq_sha.trained_model.TrainedModel` that :func:`add_model_arguments` names.
+
+    Args:
+        args: the command's options
+        allow_stock (bool): accept fairseq's own models too
 
     Raises:
         UserError: there is no such model, or an option is wrong
@@ -44,7 +48,7 @@ def load_model(args):
             raise UserError(f"--user-dir {args.user_dir}: no such folder")
         utils.import_user_module(args)
     overrides = model_overrides(args.model_overrides)
-    return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides)
+    return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides, allow_stock)
 
 
 def model_overrides(text):

@@ -5,9 +5,11 @@
 Models that carry state read segments of --tokens-per-sample tokens in --batch-size parallel
 streams. For models without state, --context-window gives each prediction at least so much context:
 windows of --tokens-per-sample tokens, in which only the tokens after the context are scored.
+The model may be one of fairseq's own, if it was trained with a task of this package.
 """
 
 import json
+import time
 from pathlib import Path
 
 from fairseq_sha.commands.common import add_model_arguments, check_new, load_model
@@ -50,13 +52,16 @@ def run(args):
     if args.json:
         check_new([args.json])
     args.data_bin = args.data_bin or args.data
-    trained = load_model(args)
-    score, costs, sizes = evaluate_split(trained, args)
+    trained = load_model(args, allow_stock=True)
+    score, costs, sizes, seconds = evaluate_split(trained, args)
     print(f"{args.split}: {score}")
     if args.json:
         content = {
             **score._asdict(),
             "bits_per_byte": score.bits_per_byte,
+            # Windows are independent of each other, however many are read side by side.
+            "streams": None if args.context_window else args.batch_size,
+            "seconds": round(seconds, 3),
             "block_bytes": BLOCK,
             "block_bits": bits_of_blocks(costs, sizes),
         }
@@ -64,7 +69,8 @@ def run(args):
 
 
 def evaluate_split(trained, args):
-    """The score, the cost of each prediction in nats, and the bytes that each stands for."""
+    """The score, the cost of each prediction in nats, the bytes that each stands for, and the
+    seconds that it took, without the time to load."""
     from fairseq_sha.evaluation.evaluate import evaluate
 
     task, model = trained.task, trained.models[0]
@@ -86,8 +92,10 @@ def evaluate_split(trained, args):
     policy = task.evaluation_policy(
         args.batch_size, length - args.context_window, args.context_window
     )
+    started = time.perf_counter()
     score, costs = evaluate(model, corpus, args.split, task.codec, policy, progress=True)
-    return score, costs, task.codec.bytes_per_token()[corpus.tokens[1:]]
+    seconds = time.perf_counter() - started
+    return score, costs, task.codec.bytes_per_token()[corpus.tokens[1:]], seconds
 
 
 def bits_of_blocks(costs, sizes):

@@ -1,4 +1,4 @@
-"""Reads the logs of fairseq's commands."""
+"""Reads what commands leave: logs of fairseq's, JSON of ``fairseq-sha evaluate``."""
 
 import json
 import math
@@ -14,7 +14,7 @@ class Training(NamedTuple):
     """The log of a training run. If a resumed run repeats an update, the later one counts."""
 
     finished: bool
-    train: List[Tuple[int, float]]  # (update, bits per token since the previous line)
+    train: List[Tuple[int, float]]  # (update, bits per byte since the previous line)
     valid: List[Tuple[int, float]]
     tokens_per_update: float
     seconds_per_update: float  # median, without validation and checkpoints
@@ -63,8 +63,9 @@ def read_training(text):
 
 
 def bits(stats, prefix):
-    """Bits per token: fairseq logs base 2; ``nll_loss`` excludes what a criterion adds."""
-    for key in ("bpc", "nll_loss", "loss"):
+    """Bits per byte with a task of this package, or else per token: fairseq logs base 2;
+    ``nll_loss`` excludes what a criterion adds."""
+    for key in ("bpb", "nll_loss", "loss"):
         if prefix + key in stats:
             return float(stats[prefix + key])
     return float("nan")
@@ -82,7 +83,21 @@ def read_peak(text):
     return max(map(int, peaks), default=None)
 
 
-def read_evaluation(text):
+def read_evaluation(path):
+    """What ``fairseq-sha evaluate --json`` wrote, or None if it is not done.
+
+    Returns a dict of ``bits`` per byte, ``nats`` in all, ``tokens``, ``bytes``, ``words``,
+    ``policy``, ``streams``, ``tokens_per_second``, ``block_bytes`` and ``block_bits``.
+    """
+    if not path.is_file():
+        return None
+    score = json.loads(path.read_text(encoding="utf-8"))
+    bits, seconds = score.pop("bits_per_byte"), score.pop("seconds")
+    speed = float(f"{score['tokens'] / max(seconds, 1e-3):.6g}")
+    return {"bits": bits, "tokens_per_second": speed, **score}
+
+
+def read_eval_lm(text):
     """Bits per token, tokens and tokens per second that fairseq-eval-lm printed, or None."""
     score = re.findall(r"Loss \(base 2\): (\S+),", text)
     counted = re.findall(r"Evaluated ([0-9,]+) tokens in \S+ \((\S+) tokens/s\)", text)

@@ -15,6 +15,8 @@ from fairseq_sha.errors import UserError
 
 PACKAGE = Path(fairseq_sha.__file__).resolve().parent
 TOOLS = Path(sys.executable).parent
+# Models of these tasks are evaluated by ``fairseq-sha evaluate``, others by fairseq-eval-lm.
+OUR_TASKS = {"byte_language_modeling", "segment_language_modeling"}
 EVALUATION = {"tokens_per_sample", "batch_size", "context_window", "model_overrides"}
 
 # Fields of fairseq's schedulers that count updates; the misspelling is fairseq's.
@@ -242,6 +244,11 @@ def hydra_train(folder, settings, multirun=False):
     return [str(word) for word in command]
 
 
+def is_ours(config):
+    """Whether a model is trained with a task of this package."""
+    return config["task"]["_name"] in OUR_TASKS
+
+
 def eval_command(recipe, run, split, streams):
     """Evaluate the last checkpoint of a run on a split.
 
@@ -249,16 +256,24 @@ def eval_command(recipe, run, split, streams):
     """
     config, settings = recipe.config, recipe.evaluation
     length = settings.get("tokens_per_sample", config["task"]["tokens_per_sample"])
-    command = [TOOLS / "fairseq-eval-lm", config["task"]["data"], "--gen-subset", split]
+    plugin = user_dir(config)
+    if is_ours(config):
+        command = [sys.executable, "-m", PACKAGE.name, "evaluate", config["task"]["data"]]
+        command += ["--split", split, "--json", run / f"{split}.json"]
+        if plugin == str(PACKAGE):  # the command registers it
+            plugin = None
+    else:
+        command = [TOOLS / "fairseq-eval-lm", config["task"]["data"], "--gen-subset", split]
+        command += ["--task", config["task"]["_name"]]
     command += ["--path", run / "checkpoints" / "checkpoint_last.pt"]
-    command += ["--task", config["task"]["_name"], "--tokens-per-sample", length]
+    command += ["--tokens-per-sample", length]
     command += ["--batch-size", settings.get("batch_size", streams)]
     if settings.get("context_window"):
         command += ["--context-window", settings["context_window"]]
     if settings.get("model_overrides"):
         command += ["--model-overrides", settings["model_overrides"]]
-    if user_dir(config):
-        command += ["--user-dir", user_dir(config)]
+    if plugin:
+        command += ["--user-dir", plugin]
     if lookup(config, "common.cpu"):
         command += ["--cpu"]
     return [str(word) for word in command]

@@ -181,8 +181,9 @@ def prepare(folder, model, settings):
     if not all(map(is_evaluation, changes)):
         shutil.rmtree(folder)
     elif changes:
-        for log in [path for split in SPLITS for path in folder.glob(f"seed*/{split}.log")]:
-            log.unlink()
+        for split in SPLITS:
+            for path in [*folder.glob(f"seed*/{split}.log"), *folder.glob(f"seed*/{split}.json")]:
+                path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     config = recipes.runnable(model.config)
     write_atomically(folder / "recipe.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -306,13 +307,15 @@ def train_and_evaluate(args, model, seed, updates, title):
         command = recipes.train_command(model, model_folder, folder, seed, updates)
         execute(command, log, title, status, is_trained)
     for split in SPLITS:
-        split_log = folder / f"{split}.log"
-        if logs.read_evaluation(read(split_log)) is None:
-            command = recipes.eval_command(model, folder, split, args.eval_streams)
+        if evaluation_of(folder, model, split) is None:
             execute(
-                command, split_log, title, f"evaluating on {split}".format, logs.read_evaluation
+                recipes.eval_command(model, folder, split, args.eval_streams),
+                folder / f"{split}.log",
+                title,
+                f"evaluating on {split}".format,
+                lambda _, split=split: evaluation_of(folder, model, split),
             )
-    result = result_of(folder, model.name, seed, updates)
+    result = result_of(folder, model, seed, updates)
     # The machine of a launcher's jobs is not known.
     result["machine"] = None if args.launcher else machine()
     write_json(folder / "result.json", result)
@@ -321,6 +324,13 @@ def train_and_evaluate(args, model, seed, updates, title):
             path.unlink()
     valid, test = (result[split]["bits"] for split in SPLITS)
     print(f"{title}: {valid:.3f} bits per byte on valid, {test:.3f} on test", flush=True)
+
+
+def evaluation_of(folder, model, split):
+    """The score of a run's model on a split, as in a result; None if it is not there yet."""
+    if recipes.is_ours(model.config):
+        return logs.read_evaluation(folder / f"{split}.json")
+    return logs.read_eval_lm(read(folder / f"{split}.log"))
 
 
 def is_trained(text):
@@ -373,8 +383,8 @@ def execute(command, log, title, status, is_done):
         raise RunFailed(f"failed; the end of {log}:\n{tail}")
 
 
-def result_of(folder, name, seed, updates):
-    """What the logs say about a finished run; see ``summary``."""
+def result_of(folder, model, seed, updates):
+    """What a finished run left, as a result; see ``summary``."""
     text = read(folder / "train.log")
     training = logs.read_training(text)
     if "Stopping training due to num_updates" not in text:
@@ -386,7 +396,7 @@ def result_of(folder, name, seed, updates):
 
     gpu = re.search(r"^rank .* name = (.+?)\s*$", text, re.MULTILINE)
     return {
-        "model": name,
+        "model": model.name,
         "seed": seed,
         "parameters": logs.read_parameters(text),
         "updates": updates,
@@ -395,7 +405,7 @@ def result_of(folder, name, seed, updates):
         "training_tokens_per_second": float(f"{tokens / seconds:.6g}"),
         "peak_memory_mb": logs.read_peak(text),
         "device": gpu.group(1) if gpu else "CPU",
-        **{split: logs.read_evaluation(read(folder / f"{split}.log")) for split in SPLITS},
+        **{split: evaluation_of(folder, model, split) for split in SPLITS},
         "train_curve": training.train,
         "valid_curve": training.valid,
     }

@@ -3,7 +3,8 @@
 A run is a dict: ``model``, ``seed``, ``parameters``, ``updates``, ``bytes`` (that it was trained
 on), ``training_seconds``, ``training_tokens_per_second``, ``peak_memory_mb``, ``device``,
 ``machine``; for ``valid`` and ``test`` a dict of ``bits`` (per byte), ``tokens`` and
-``tokens_per_second``; and ``train_curve`` and ``valid_curve``, lists of ``[update, bits]``.
+``tokens_per_second``, and from ``fairseq-sha evaluate`` also ``bytes``, ``policy`` and others; and
+``train_curve`` and ``valid_curve``, lists of ``[update, bits]``.
 """
 
 import io
@@ -54,7 +55,9 @@ def summarise(results):
             row[split] = {
                 "bits": mean(values),
                 "half_range": (max(values) - min(values)) / 2,
-                "tokens": runs[0][split]["tokens"],
+                # fairseq-eval-lm does not say; it reads bytes as tokens.
+                "bytes": runs[0][split].get("bytes", runs[0][split]["tokens"]),
+                "policy": runs[0][split].get("policy"),
             }
         for key in ("bytes", "updates"):
             row[key] = mean(run[key] for run in runs)
@@ -115,10 +118,15 @@ def table(rows, settings, missing):
     if any(len(row["seeds"]) > 1 for row in rows):
         seeds = ", ".join(f"{row['model']} {len(row['seeds'])}" for row in rows)
         lines += [f"Bits: mean over seeds ± half of their range (seeds: {seeds})."]
-    counts = grouped(rows, lambda row: f"{row['test']['tokens']:,}")
+    counts = grouped(rows, lambda row: f"{row['test']['bytes']:,}")
     scored = "; ".join(f"{count} ({', '.join(names)})" for count, names in counts.items())
     lines += [
         *([f"Bytes of test that were scored: {scored}."] if rows else []),
+        *(
+            f"Evaluated with {policy}: {', '.join(names)}."
+            for policy, names in grouped(rows, lambda row: row["test"]["policy"]).items()
+            if policy is not None
+        ),
         "Memory is the main memory of the training process.",
         *(
             f"Speed, seconds and memory were measured on {cpu}: {', '.join(names)}."

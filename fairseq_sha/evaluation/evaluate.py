@@ -26,11 +26,11 @@ class Score(NamedTuple):
     @property
     def perplexity(self):
         """Per token."""
-        return math.exp(self.nats / self.tokens)
+        return _exp(self.nats / self.tokens)
 
     @property
     def perplexity_per_word(self):
-        return None if self.words is None else math.exp(self.nats / self.words)
+        return None if self.words is None else _exp(self.nats / self.words)
 
     def __str__(self):
         figures = [
@@ -45,6 +45,14 @@ class Score(NamedTuple):
         return f"{', '.join(figures)} ({', '.join(counted)}; {self.policy})"
 
 
+def _exp(value):
+    """``math.exp``, but infinity where that overflows, as the cost of a diverged model may do."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
 def evaluate(model, corpus, split, codec, policy, progress=False):
     """Read a split.
 
@@ -55,7 +63,7 @@ def evaluate(model, corpus, split, codec, policy, progress=False):
         split (str): its name
         codec (~fairseq_sha.data.codecs.Codec): what its tokens stand for
         policy (Carried or Sliding): how it is read
-        progress (bool): whether to show progress on standard error
+        progress (bool): whether to show progress on standard error, if that is a terminal
 
     Returns:
         the :class:`Score`, and the cost of each prediction in nats, float32 ``[len(corpus)]``
@@ -64,7 +72,8 @@ def evaluate(model, corpus, split, codec, policy, progress=False):
     costs = np.full(len(corpus), np.nan, dtype=np.float32)
     total = dict.fromkeys(("ntokens", "nbytes", "nwords"), 0)
     nats = 0.0
-    with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=not progress) as bar:
+    disable = None if progress else True  # None: shown on a terminal only
+    with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable) as bar:
         for index in range(len(batches)):
             batch = batches[index]
             losses = token_losses(model, batch).double().cpu().numpy()

@@ -22,6 +22,7 @@ from numpy.random import RandomState
 from fairseq_sha.compare import logs, runner, summary
 from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.data.segments import segment_lengths
+from tests.commands import command
 from tests.tiny_corpus import write_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,6 +42,7 @@ optimization: {lr: [0.01], max_update: 800, max_epoch: 1, clip_norm: 0.25}
 dataset: {batch_size: 4, num_workers: 0}
 """
 BAD = GOOD.replace("width", "widht")
+# A model of fairseq's own: with its own task, and with one of this package.
 STOCK = """
 hydra: {run: {dir: .}}
 common: {cpu: true}
@@ -54,9 +56,24 @@ optimization: {lr: [0.005], max_update: 60}
 dataset: {batch_size: 4, num_workers: 0}
 """
 
+OTHER = """
+hydra: {run: {dir: .}}
+common: {user_dir: fairseq_sha, cpu: true}
+task: {_name: byte_language_modeling, data: elsewhere, tokens_per_sample: 64}
+model: {_name: transformer_lm, decoder_layers: 1, decoder_embed_dim: 16, decoder_input_dim: 16,
+        decoder_output_dim: 16, decoder_ffn_embed_dim: 16, decoder_attention_heads: 2,
+        add_bos_token: false, max_target_positions: 64}
+criterion: {_name: cross_entropy}
+optimizer: {_name: adam}
+lr_scheduler: {_name: fixed}
+optimization: {lr: [0.005], max_update: 60}
+dataset: {batch_size: 4, num_workers: 0}
+"""
+
 EVALUATION = {
-    "good": "{tokens_per_sample: 50, model_overrides: {collapse: true}}",
+    "good": "{tokens_per_sample: 50, model_overrides: {window: 20}}",
     "stock": "{context_window: 48, batch_size: 2}",
+    "other": "{context_window: 48, batch_size: 2}",
 }
 
 
@@ -68,7 +85,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    for name, text in {"good": GOOD, "bad": BAD, "stock": STOCK}.items():
+    for name, text in {"good": GOOD, "bad": BAD, "stock": STOCK, "other": OTHER}.items():
         (folder / f"{name}.yaml").write_text(text)
     (folder / "evaluation").mkdir()
     for name, text in EVALUATION.items():
@@ -81,14 +98,19 @@ def elsewhere(tmp_path_factory):
     return tmp_path_factory.mktemp("elsewhere")
 
 
-def start(folder, *options):
+def start(folder, *options, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "fairseq_sha", "compare", *map(str, options)],
         cwd=str(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         universal_newlines=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            **environment,
+        },
         # A shell that runs the tests in the background has them ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -96,9 +118,9 @@ def start(folder, *options):
 
 @pytest.fixture(scope="session")
 def compare(elsewhere):
-    def compare(*options):
+    def compare(*options, **environment):
         """Run the command; returns exit status, output and errors."""
-        process = start(elsewhere, *options)
+        process = start(elsewhere, *options, **environment)
         output, errors = process.communicate()
         return process.returncode, output, errors
 
@@ -163,10 +185,7 @@ def test_failure_is_reported_and_the_others_go_on(finished):
 def test_result_of_a_run(finished):
     found = result(finished[0])
     assert (found["valid"]["tokens"], found["test"]["tokens"]) == (700, 832)
-    text = (finished[0] / "good" / "seed1" / "test.log").read_text()
-    assert f"Loss (base 2): {found['test']['bits']:.4f}," in text
     assert found["parameters"] == 7952
-    assert "num. model params: 7,408" in text  # model_overrides: collapsed
     assert found["test"]["bits"] < 3
     assert found["valid_curve"][-1][1] == pytest.approx(found["valid"]["bits"], abs=0.05)
     assert found["updates"] == UPDATES and found["train_curve"][-1][0] == UPDATES
@@ -179,6 +198,51 @@ def test_result_of_a_run(finished):
     assert 100 < found["peak_memory_mb"] < 5000
     kept = os.listdir(finished[0] / "good" / "seed1" / "checkpoints")
     assert kept == ["checkpoint_last.pt"]
+
+
+def eval_lm(data, run, options):
+    """What fairseq-eval-lm says about a run's model on the test split."""
+    path = run / "checkpoints" / "checkpoint_last.pt"
+    done = command("fairseq-eval-lm", data, f"--path {path} --gen-subset test --cpu {options}")
+    assert done.returncode == 0, done.stdout
+    return logs.read_eval_lm(done.stdout)
+
+
+def test_evaluation_says_how_it_was_made_and_agrees_with_fairseq(data, finished):
+    found = result(finished[0])["test"]
+    options = "--tokens-per-sample 50 --batch-size 8 --model-overrides"
+    expected = eval_lm(data, finished[0] / "good" / "seed1", options + " {'window':20}")
+    assert found["bits"] == pytest.approx(expected["bits"], abs=6e-5)  # it prints four digits
+    other = eval_lm(data, finished[0] / "good" / "seed1", options + " {'window':60}")
+    assert abs(other["bits"] - found["bits"]) > 1e-3
+    assert found["bytes"] == found["tokens"] == expected["tokens"] == 832
+    assert found["policy"] == "carried state, 8 streams, segments of 50" and found["streams"] == 8
+    assert found["tokens_per_second"] > 0
+    assert found["block_bytes"] == 10_000 and len(found["block_bits"]) == 1
+    assert sum(found["block_bits"]) == pytest.approx(found["bits"] * 832, rel=1e-5)
+
+
+def test_stock_model_with_our_task_is_evaluated_in_a_sliding_window(
+    data, configs, tmp_path, compare
+):
+    """The results, and a terminal that cannot show all of the table."""
+    out = tmp_path / "out"
+    options = ["--data", data, "--configs", configs / "other.yaml", "--updates", 4, "--out", out]
+    status, output, errors = compare(*options, "--seeds", 1, 2, PYTHONIOENCODING="ascii")
+    assert (status, errors) == (0, ""), output
+    assert "of their range (seeds: other 2)" in output and output.isascii()
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [run["seed"] for run in runs] == [1, 2]
+    for run in runs:
+        found, folder = run["test"], out / "other" / f"seed{run['seed']}"
+        window = "--tokens-per-sample 64 --context-window 48 --batch-size 3"
+        expected = eval_lm(data, folder, window)
+        assert found["bits"] == pytest.approx(expected["bits"], abs=6e-5)
+        assert found["tokens"] == found["bytes"] == expected["tokens"] == 832
+        assert found["policy"] == "sliding window, context of at least 48, stride 16"
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert " ± " in table
+    assert "Evaluated with sliding window, context of at least 48, stride 16: other." in table
 
 
 def test_report_sums_up(finished):
@@ -329,12 +393,15 @@ def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path, c
     expected = ["common.seed=2", "optimization.max_update=80", "lr_scheduler.warmup_updates=4"]
     expected += ["dataset.validate_interval_updates=20", "checkpoint.save_interval_updates=20"]
     assert set(expected) < set(train)
-    assert valid[3] == "valid" and test[3] == "test"
-    words = " ".join(test)
-    assert "--tokens-per-sample 50 --batch-size 8 --model-overrides {'collapse': True}" in words
-    assert f"--user-dir {PLUGIN} --cpu" in words
+    words = [" ".join(found) for found in (valid, test)]
+    for line, split in zip(words, ("valid", "test")):
+        assert line.startswith(f"{sys.executable} -m fairseq_sha evaluate {data} --split {split} ")
+        assert f"--json {tmp_path}/out/good/seed2/{split}.json" in line
+        assert "--tokens-per-sample 50 --batch-size 8 --model-overrides {'window': 20}" in line
+        assert "--user-dir" not in line and line.endswith(" --cpu")
     stock = " ".join(commands[-1])
-    assert "language_modeling --tokens-per-sample 64 --batch-size 2 --context-window 48" in stock
+    assert "fairseq-eval-lm" in stock and "--task language_modeling " in stock
+    assert "--tokens-per-sample 64 --batch-size 2 --context-window 48" in stock
     assert "--user-dir" not in stock
 
     status, output, _ = compare(*options, "--seconds", 60)
@@ -343,26 +410,27 @@ def test_dry_run_prints_the_commands_and_does_nothing(data, configs, tmp_path, c
     assert "lr_scheduler.warmup_updates=UPDATES*40/800" in output
 
 
+@pytest.mark.parametrize("name", ["stock", "other"])
 def test_stock_model_and_a_change_of_evaluation_before_there_are_results(
-    data, configs, tmp_path, compare
+    data, configs, tmp_path, compare, name
 ):
     """Training does not depend on settings of evaluation: it is not repeated."""
     out = tmp_path / "out"
-    options = ["--data", data, "--configs", configs / "stock.yaml", "--updates", 4, "--out", out]
+    options = ["--data", data, "--configs", configs / f"{name}.yaml", "--updates", 4, "--out", out]
     status, output, errors = compare(*options)
     assert status == 0, output + errors
     (result,) = json.loads((out / "results.json").read_text())["runs"]
     assert 0 < result["test"]["tokens"] <= 833
-    log = (out / "stock" / "seed1" / "train.log").read_text()
+    log = (out / name / "seed1" / "train.log").read_text()
     options += ["--set", "evaluation.context_window=8"]
     status, _, errors = compare(*options)
     assert status == 1 and "has results of another evaluation.context_window (was 48" in errors
-    (out / "stock" / "seed1" / "result.json").unlink()
+    (out / name / "seed1" / "result.json").unlink()
     status, output, errors = compare(*options)
     assert status == 0, output + errors
     (again,) = json.loads((out / "results.json").read_text())["runs"]
     assert again["test"]["bits"] != result["test"]["bits"]
-    assert (out / "stock" / "seed1" / "train.log").read_text() == log
+    assert (out / name / "seed1" / "train.log").read_text() == log
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """fairseq's own language models under the tasks: without state, every token once."""
 
+import json
 import re
 
 import pytest
 import torch
 
+from fairseq_sha.commands import main
 from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.data.segments import SegmentDataset
 from tests.commands import command, logged_losses
@@ -86,6 +88,39 @@ def test_context_window_slides_over_every_token_once(data, run, monkeypatch, cap
     assert "sliding window, context of at least 33, stride 7" in log
     _, expected = evaluate("--batch-size", 3, "--context-window", 33)
     assert slid == expected != without
+
+
+@pytest.mark.parametrize("options", ["--context-window 33", ""])
+def test_evaluate_agrees_with_fairseq(data, run, monkeypatch, caplog, capsys, tmp_path, options):
+    words = f"{options} --batch-size 3 --tokens-per-sample 40 --cpu".split()
+    path = run[0] / "checkpoint_last.pt"
+    log = in_process(
+        "eval_lm", monkeypatch, caplog, data, "--path", path, "--gen-subset", "test", *words
+    )
+    expected = float(re.search(r"Loss \(base 2\): ([0-9.]+)", log).group(1))
+    file = tmp_path / "score.json"
+    assert main(["evaluate", data, "--path", str(path), *words, "--json", str(file)]) == 0
+    score = json.loads(file.read_text())
+    assert f"{score['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
+    assert score["bits_per_byte"] == pytest.approx(expected, abs=6e-5)
+    assert score["tokens"] == score["bytes"] == TEST_BYTES - 1
+    assert score["seconds"] > 0
+    assert score["policy"].startswith("sliding window" if options else "no state, 3 streams")
+    assert score["streams"] == (None if options else 3)
+
+
+def test_other_commands_refuse_a_stock_model(run, tmp_path, capsys):
+    file = tmp_path / "text"
+    file.write_bytes(b"abc")
+    assert main(["score", str(file), "--path", str(run[0] / "checkpoint_last.pt"), "--cpu"]) == 1
+    assert "is not a model of fairseq_sha; use fairseq-sha evaluate" in capsys.readouterr().err
+
+
+def test_settings_of_a_stock_model_can_be_changed(data, run, capsys):
+    words = ["evaluate", data, "--path", str(run[0] / "checkpoint_last.pt"), "--cpu"]
+    assert main([*words, "--model-overrides", "{'no_such': 1}"]) == 1
+    assert "no_such: the model has no such setting" in capsys.readouterr().err
+    assert main([*words, "--model-overrides", "{'decoder_layers': 1}"]) == 0
 
 
 def test_segments_longer_than_the_model_can_read_are_refused(data, run, monkeypatch):
