@@ -10,7 +10,6 @@ import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sha import UserError
-from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.models.sha_rnn import SHARNN
 from tests.commands import REPOSITORY, command, hydra_train, logged_losses
 from tests.options import SHA_RNN
@@ -202,7 +201,6 @@ def test_how_it_is_computed_changes_nothing(data, whole_run, tmp_path, option):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not torch_is_at_least(2, 4), reason="compiling needs torch 2.4 or newer")
 def test_compiled_training_logs_the_same_bits(data, whole_run, tmp_path):
     options = f"{TRAINING} --max-update 4 --compile --save-dir {tmp_path}"
     done = command("fairseq-train", data, options)

@@ -10,7 +10,7 @@ from torch import nn
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
-from fairseq_sha.modules import FeedForward, MinGRU, MinLSTM, RMSNorm
+from fairseq_sha.modules import FeedForward, MinGRU, MinLSTM
 from fairseq_sha.ops import dropout
 
 CELLS = {"min_gru": MinGRU, "min_lstm": MinLSTM}
@@ -83,12 +83,12 @@ class MinRNNBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.p = cfg.dropout
-        self.norm = RMSNorm(cfg.width)
+        self.norm = nn.RMSNorm(cfg.width, eps=1e-6)
         self.convolution = None
         if cfg.conv_width > 0:
             self.convolution = CausalConvolution(cfg.width, cfg.conv_width)
         self.cell = CELLS[str(cfg.cell)](cfg.width, cfg.expansion)
-        self.norm_feed_forward = RMSNorm(cfg.width)
+        self.norm_feed_forward = nn.RMSNorm(cfg.width, eps=1e-6)
         self.feed_forward = FeedForward(cfg.width, cfg.d_inner, 0.0, F.gelu)
 
     def forward(self, h, state, context):
@@ -114,7 +114,7 @@ class MinRNNDecoder(SegmentDecoder):
             layers,
             cfg.width,
             dropout_input=cfg.dropout,
-            final_norm=RMSNorm(cfg.width),
+            final_norm=nn.RMSNorm(cfg.width, eps=1e-6),
         )
         nn.init.normal_(self.embedding.weight, std=STD)
 

@@ -2,7 +2,6 @@ from fairseq_sha.modules.boom import Boom
 from fairseq_sha.modules.cells import LSTM, SRU, LayerNormLSTM, MinGRU, MinLSTM
 from fairseq_sha.modules.feed_forward import FeedForward
 from fairseq_sha.modules.overparameterised_vector import OverparameterisedVector
-from fairseq_sha.modules.rms_norm import RMSNorm
 from fairseq_sha.modules.single_head_attention import SingleHeadAttention
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "OverparameterisedVector",
-    "RMSNorm",
     "SRU",
     "SingleHeadAttention",
 ]

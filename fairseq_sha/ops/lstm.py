@@ -54,9 +54,7 @@ def _is_one_step_without_gradient(x):
 
 def _cpu_autocast_dtype():
     """The type that autocast computes in on the CPU, or None where it is off."""
-    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
-        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 @functools.lru_cache(maxsize=None)
@@ -64,7 +62,7 @@ def _has_kernel(dtype, autocast):
     """Whether torch can run an LSTM in a half-precision type on this processor.
 
     Only a trial tells: torch leaves it to oneDNN, whose kernels for these types need AVX-512, and
-    does not ask first (torch 2.0 never does, later versions not under autocast).
+    does not ask oneDNN first whether it has one.
     """
     ones = torch.ones(4, 1, dtype=torch.float32 if autocast else dtype)
     state = ones[:1].unsqueeze(0)

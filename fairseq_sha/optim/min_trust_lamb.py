@@ -10,16 +10,10 @@ from fairseq.logging import metrics
 from fairseq.optim import register_optimizer
 from omegaconf import II
 
-from fairseq_sha.checks import (
-    require_betas,
-    require_not_negative,
-    require_positive,
-    torch_is_at_least,
-)
+from fairseq_sha.checks import require_betas, require_not_negative, require_positive
 from fairseq_sha.optim.base import PerTensorNormOptimizer
 
 MAX_WEIGHT_NORM = 10.0
-FUSED_ON_CPU = torch_is_at_least(2, 4)
 
 
 class MinTrustLAMB(torch.optim.Optimizer):
@@ -77,7 +71,7 @@ class MinTrustLAMB(torch.optim.Optimizer):
         squares = [self.state[p]["mean_square"] for p in params]
         beta1, beta2 = group["betas"]
 
-        if FUSED_ON_CPU and all(map(suits_fused_kernel, params)):
+        if all(map(suits_fused_kernel, params)):
             updates = fused_adam_updates(params, grads, means, squares, beta1, beta2, group["eps"])
         else:
             torch._foreach_lerp_(means, grads, 1 - beta1)

@@ -13,24 +13,6 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.optim.base import ConfiguredOptimizer
 
 
-class DecoupledRAdam(torch.optim.RAdam):
-    """torch's RAdam that multiplies weights by ``1 - lr * shrink`` before each step. This is what
-    ``decoupled_weight_decay`` does, which torch has since version 2.1 only."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, shrink=0.0):
-        super().__init__(params, lr=lr, betas=betas, eps=eps)
-        for group in self.param_groups:
-            group["shrink"] = shrink  # torch's weight_decay is not decoupled
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params and group["shrink"] != 0:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["shrink"])
-        return super().step(closure)
-
-
 @dataclass
 class RAdamConfig(FairseqDataclass):
     radam_betas: List[float] = field(
@@ -48,7 +30,7 @@ class RAdamConfig(FairseqDataclass):
 
 @register_optimizer("radam", dataclass=RAdamConfig)
 class FairseqRAdam(ConfiguredOptimizer):
-    """Registers :class:`DecoupledRAdam` with fairseq.
+    """Registers :class:`torch.optim.RAdam` with fairseq, its weight decay decoupled.
 
     Raises:
         UserError: a setting with which training cannot work
@@ -64,7 +46,7 @@ class FairseqRAdam(ConfiguredOptimizer):
                 f"--weight-decay {cfg.weight_decay}: times --lr {max(cfg.lr)} it must be below 1, "
                 "or each update turns the sign of the weights"
             )
-        self._optimizer = DecoupledRAdam(params, **self.optimizer_config)
+        self._optimizer = torch.optim.RAdam(params, **self.optimizer_config)
 
     @property
     def optimizer_config(self):
@@ -72,5 +54,6 @@ class FairseqRAdam(ConfiguredOptimizer):
             "lr": self.cfg.lr[0],
             "betas": tuple(self.cfg.radam_betas),
             "eps": self.cfg.radam_eps,
-            "shrink": self.cfg.weight_decay,
+            "weight_decay": self.cfg.weight_decay,
+            "decoupled_weight_decay": True,
         }

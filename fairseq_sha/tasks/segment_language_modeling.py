@@ -40,7 +40,6 @@ from fairseq_sha.checkpoints import (
     checkpoint_to_start_from,
     replace_damaged_last_checkpoint,
 )
-from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
     CrossEntropyWithAuxiliaryLosses,
 )
@@ -225,8 +224,6 @@ class SegmentLanguageModelingTask(FairseqTask):
                 "--bf16 means a TPU to fairseq's command line; for bfloat16 on GPU or CPU use "
                 "fairseq-hydra-train with common.bf16=true"
             )
-        if self.cfg.compile and not torch_is_at_least(2, 4):
-            raise UserError(f"--compile: torch {torch.__version__} is too old; 2.4 or newer can")
         if min(self.cfg.update_freq) < 1:
             raise UserError(f"--update-freq {min(self.cfg.update_freq)}: must be at least 1")
         self._check_valid_subsets()

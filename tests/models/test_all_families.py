@@ -7,7 +7,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.models.family import FAMILIES
 from tests.conftest import dictionary_of
 
@@ -73,9 +72,6 @@ def test_layers_computed_anew_for_their_gradients_change_nothing(model):
     assert all(map(torch.equal, losses_and_gradients(decoder, segments), expected))
 
 
-@pytest.mark.skipif(
-    not torch_is_at_least(2, 4), reason="compiling these layers needs torch 2.4 or newer"
-)
 @pytest.mark.parametrize(
     "model",
     [

@@ -87,5 +87,5 @@ def test_bfloat16_runs_on_every_processor(mode, environment):
     messages = done.stdout.count("LSTMs are computed in float32")
     if environment and mode == "autocast":
         assert messages == 1
-    else:  # later versions of torch do without oneDNN where weights are in bfloat16
+    else:  # some versions of torch do without oneDNN where weights are in bfloat16
         assert messages <= 1

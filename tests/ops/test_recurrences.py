@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from importlib import metadata
 
 import pytest
 import torch
@@ -166,6 +165,7 @@ print("kernels agree")
 
 
 COMPILATION = """
+import inspect
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -185,8 +185,12 @@ for name in ("_scan", "_sru_forward", "_sru_backward"):
         for argument in kernel.arg_names:
             is_number = argument in NUMBERS
             signature[argument] = "i32" if is_number else half if argument in HALVES else state
-        signature.update(dict.fromkeys(constants, "constexpr"))
-        source = ASTSource(kernel, signature, constexprs=constants)
+        if "constexprs" in inspect.signature(ASTSource).parameters:
+            signature.update(dict.fromkeys(constants, "constexpr"))
+            source = ASTSource(kernel, signature, constexprs=constants)
+        else:  # before Triton 3.2, which torch has since version 2.6
+            signature = {k: v for k, v in signature.items() if k not in constants}
+            source = ASTSource(kernel, signature, constants=constants)
         triton.compile(source, target=GPUTarget("cuda", 80, 32))
 print("kernels compile")
 """
@@ -202,8 +206,8 @@ def test_triton_kernels_compile_for_a_gpu():
 
 
 def check_with_triton(code, expected, **environment):
-    if importlib.util.find_spec("triton") is None or metadata.version("triton") < "3":
-        pytest.skip("needs triton 3, which interprets and compiles without a GPU")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton, which torch brings along on Linux")
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},

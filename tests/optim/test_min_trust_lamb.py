@@ -54,13 +54,18 @@ def random_params(dtype=torch.double):
     return params
 
 
+def refuse_fused_kernel(monkeypatch):
+    module = sys.modules[MinTrustLAMB.__module__]
+    monkeypatch.setattr(module, "suits_fused_kernel", lambda p: False)
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("min_trust", [0.0, 0.25, 3.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_its_definition(monkeypatch, min_trust, weight_decay, at_once):
     """One tensor at a time, as on CPU, and all at once, as on a GPU."""
     if at_once:
-        monkeypatch.setattr(sys.modules[MinTrustLAMB.__module__], "FUSED_ON_CPU", False)
+        refuse_fused_kernel(monkeypatch)
     params = random_params()
     options = dict(eps=1e-6, weight_decay=weight_decay, min_trust=min_trust)
     optimizer = MinTrustLAMB(params, lr=0.1, betas=(0.8, 0.95), **options)
@@ -155,7 +160,7 @@ def test_impossible_settings_are_refused(name, value):
 @pytest.mark.parametrize("fused", [False, True])
 def test_settings_at_the_limits_train(monkeypatch, fields, fused):
     if not fused:
-        monkeypatch.setattr(sys.modules[MinTrustLAMB.__module__], "FUSED_ON_CPU", False)
+        refuse_fused_kernel(monkeypatch)
     check_limits_train(FairseqMinTrustLAMB, MinTrustLAMBConfig, **fields)
 
 

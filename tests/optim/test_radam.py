@@ -1,8 +1,10 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
 from fairseq_sha.errors import UserError
-from fairseq_sha.optim.radam import DecoupledRAdam, FairseqRAdam, RAdamConfig
+from fairseq_sha.optim.radam import FairseqRAdam, RAdamConfig
 from tests.optim.helpers import check_limits_train, check_refused, config, impossible
 
 
@@ -13,7 +15,7 @@ def params():
 def test_weight_decay_is_decoupled_from_the_step():
     """Weights are multiplied by 1 - lr * decay; then comes RAdam's step without decay."""
     decayed, plain = params(), params()
-    ours = DecoupledRAdam(decayed, lr=0.1, shrink=0.3)
+    ours = FairseqRAdam(config(RAdamConfig, lr=[0.1], weight_decay=0.3), decayed)
     theirs = torch.optim.RAdam(plain, lr=0.1)
     for _ in range(8):  # RAdam rectifies from the sixth on
         for a, b in zip(decayed, plain):
@@ -30,7 +32,7 @@ def test_parameters_without_gradient_stay():
     kept, moved = params()
     moved.grad = torch.ones_like(moved)
     before = kept.detach().clone()
-    DecoupledRAdam([kept, moved], lr=0.1, shrink=0.3).step()
+    FairseqRAdam(config(RAdamConfig, lr=[0.1], weight_decay=0.3), [kept, moved]).step()
     assert torch.equal(kept, before)
 
 
@@ -42,8 +44,34 @@ def test_resumed_run_keeps_its_state_and_takes_settings_from_its_config():
     first.step()
     resumed = FairseqRAdam(config(RAdamConfig, weight_decay=0.1), own)
     resumed.load_state_dict(first.state_dict())
-    assert [group["shrink"] for group in resumed.param_groups] == [0.1]
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.1]
     assert all("exp_avg" in resumed.optimizer.state[param] for param in own)
+
+
+def test_checkpoint_that_names_the_decay_shrink_goes_on_with_the_configs_decay():
+    """Earlier versions of this package kept it under a name of its own, beside torch's, which
+    was 0 and not decoupled."""
+    own, copies = params(), params()
+    cfg = config(RAdamConfig, lr=[0.1], weight_decay=0.5)
+    first, resumed = FairseqRAdam(cfg, own), FairseqRAdam(cfg, copies)
+
+    def update(optimizer, parameters):
+        for i, param in enumerate(parameters):
+            param.grad = torch.full_like(param, 1.0 + i)
+        optimizer.step()
+
+    update(first, own)
+    state = deepcopy(first.state_dict())
+    for group in state["param_groups"]:
+        group["shrink"] = group["weight_decay"]
+        group.update(weight_decay=0, decoupled_weight_decay=False)
+    for param, copy in zip(own, copies):
+        copy.data.copy_(param)
+    resumed.load_state_dict(state)
+    for _ in range(7):  # RAdam rectifies from the sixth update on
+        update(first, own)
+        update(resumed, copies)
+    assert all(map(torch.equal, own, copies))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What the task does after an update."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -124,11 +123,3 @@ def test_flat_float32_copies_are_refused(model):
     optimizer = mixed_precision(model, torch.zeros(4))
     with pytest.raises(UserError, match="--fp16-no-flatten-grads"):
         update(optimizer, model)
-
-
-def test_torch_that_cannot_compile_is_named(monkeypatch):
-    module = sys.modules[SegmentLanguageModelingTask.__module__]
-    monkeypatch.setattr(module, "torch_is_at_least", lambda *_: False)
-    cfg = SegmentLanguageModelingConfig(compile=True, tpu=False, log_file=None)
-    with pytest.raises(UserError, match="--compile: torch .* is too old; 2.4 or newer can"):
-        SegmentLanguageModelingTask(cfg, codec()).build_model(None)
