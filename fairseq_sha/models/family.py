@@ -57,8 +57,11 @@ FAMILIES = {}
 
 
 def architecture_names():
-    """All names that ``--arch`` knows: of families, and of their named architectures."""
-    return [name for family in FAMILIES.values() for name in (family.name, *family.architectures)]
+    """The names of this package's families and of their named architectures, for ``--arch``. A
+    user's plug-in may have added families of its own."""
+    package = __name__.partition(".")[0]
+    ours = [f for f in FAMILIES.values() if f.model.__module__.partition(".")[0] == package]
+    return [name for family in ours for name in (family.name, *family.architectures)]
 
 
 def register_family(name, config, architectures, tiny, published=None):
