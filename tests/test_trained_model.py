@@ -1,7 +1,6 @@
-"""What a trained model is for: text, scores, compressed files."""
+"""What a trained model is for: text and scores."""
 
 import io
-import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 from fairseq_sha import UserError
-from fairseq_sha.commands import generate, score
-from fairseq_sha.trained_model import TrainedModel
+from fairseq_sha.commands import main, score
+from fairseq_sha.trained_model import TrainedModel, digest
 from tests.commands import REPOSITORY
 from tests.options import FAMILIES
 from tests.tiny_corpus import text, write_folder
@@ -102,7 +101,7 @@ def test_bytes_that_are_no_text_are_generated(path):
 
 def test_generate_writes_prompt_and_continuation(path, capfdbinary):
     def written(*options):
-        generate.main(["--path", path, "--cpu", "--length", "60", *options])
+        assert main(["generate", "--path", path, "--cpu", "--length", "60", *options]) == 0
         return capfdbinary.readouterr().out
 
     drawn = written("--prompt", "abc\nd", "--seed", "3")
@@ -121,7 +120,7 @@ def test_generate_writes_prompt_and_continuation(path, capfdbinary):
     [
         (["--length", "0"], "--length 0: must be positive"),
         (["--temperature", "-1"], "--temperature -1.0: must be positive"),
-        (["--top-p", "1.5"], "--top-p 1.5: must be above 0, 1 at most"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
         (["--top-k", "-2"], "--top-k -2: must be positive"),
         (["--beam", "2", "--top-k", "2"], "--beam does not draw"),
         (["--top-p", "0.5", "--top-k", "2"], "--top-k and --top-p: choose one"),
@@ -129,13 +128,13 @@ def test_generate_writes_prompt_and_continuation(path, capfdbinary):
         (["--prompt", "z"], "byte 122 at offset 0"),
     ],
 )
-def test_generate_refuses(path, options, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        generate.main(["--path", path, "--cpu", *options])
+def test_generate_refuses(path, capsys, options, message):
+    assert main(["generate", "--path", path, "--cpu", *options]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
 
 
 def test_generate_goes_on_from_any_bytes_of_standard_input(path):
-    argv = [sys.executable, "-m", "fairseq_sha.commands.generate", "--path", path, "--cpu"]
+    argv = [sys.executable, "-m", "fairseq_sha", "generate", "--path", path, "--cpu"]
     done = subprocess.run(
         [*argv, "--prompt-file", "-", "--length", "20"],
         cwd=REPOSITORY,
@@ -151,10 +150,10 @@ def test_generate_goes_on_from_any_bytes_of_standard_input(path):
 
 def test_kinds_of_bytes():
     line = "<b>The 1st</b> [[café]]'s\n== x ==\n*&amp; a*b"
-    kinds = score.kinds_of(line.encode())
+    kinds = [score.KINDS[k] for k in score.kinds_of_bytes(line.encode())]
     assert len(kinds) == len(line.encode())
     short = {"markup": "m", "digits": "d", "white space": "w", "other signs": "s"}
-    short.update({score.FIRST_LETTERS: "F", score.OTHER_LETTERS: "o"})
+    short.update({"first letters of words": "F", "other letters": "o"})
     #                                      <b>The 1st</b> [[caféé]]'s
     assert "".join(short[k] for k in kinds) == "mmmFoowdFommmmwmmFoooommsFw" + (
         "mmwFwmmw" + "mmmmmmwFsF"
@@ -165,10 +164,11 @@ def test_score_prints_what_the_text_costs(sha_rnn, path, tmp_path, capsys):
     data = text(600, seed=7)
     (tmp_path / "text").write_bytes(data)
     bits = sha_rnn.bits(data)
-    score.main(["--path", path, "--cpu", "--per-line", str(tmp_path / "text")])
+    assert main(["score", "--path", path, "--cpu", "--per-line", str(tmp_path / "text")]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(str(tmp_path)))
-    assert f"600 bytes, {bits.mean():.3f} bits per byte, " in lines[start]
+    assert f"{bits.mean():.4f} bits per byte" in lines[start]
+    assert "600 tokens, 600 bytes; state carried, 1 streams" in lines[start]
     rows = [line.split("\t") for line in lines[:start]]
     assert [row[2].encode() for row in rows] == data.rstrip(b"\n").split(b"\n")
     assert sum(float(row[1]) for row in rows) == pytest.approx(bits.sum(), abs=0.05 * len(rows))
@@ -214,12 +214,68 @@ def test_score_draws_standard_input(path, tmp_path, monkeypatch, capsys):
     def scored(data):
         (tmp_path / "picture.html").unlink(missing_ok=True)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        score.main(["--path", path, "--cpu", "--html", str(tmp_path / "picture.html"), "-"])
+        picture = str(tmp_path / "picture.html")
+        assert main(["score", "--path", path, "--cpu", "--html", picture, "-"]) == 0
         page = Text((tmp_path / "picture.html").read_text(encoding="utf-8"))
         shown = "".join(character for character, _ in page.characters)
         return capsys.readouterr().out, shown
 
     out, shown = scored(b"abc\ndef")
-    assert out.startswith("standard input: 7 bytes, ") and shown == "abc\u21b5\ndef"
+    assert out.startswith("standard input: ") and "7 bytes" in out
+    assert shown == "abc\u21b5\ndef"
     out, shown = scored(b"")
     assert out == "standard input: 0 bytes\n" and shown == ""
+
+
+# Prompts
+
+
+def reads(decoder):
+    """How many times a decoder runs its layers: a list that grows."""
+    calls = []
+    decoder.layers[0].register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    return calls
+
+
+@pytest.mark.parametrize("options", [{"beam": 1}, {"beam": 3}, {"beam": 3, "temperature": 1.7}])
+def test_prompts_are_read_in_segments_with_the_result_of_steps(model, monkeypatch, options):
+    """fairseq reads a prompt one token a step; prompts may differ in length."""
+    prompts = [model.encode(text(size, seed=size)) for size in (53, 50, 120)]
+
+    def generate():
+        calls = reads(model.decoder)
+        return model.generate(prompts, max_len_b=130, **options), calls
+
+    fast, calls = generate()
+    assert len(calls) < 110 and max(calls) == 40  # 50 tokens in two segments, 81 steps
+    assert model.decoder.generation_start is None
+    monkeypatch.setattr("fairseq_sha.tasks.generation.SegmentDecoder", type(None))
+    slow, calls = generate()
+    assert len(calls) > 130
+    for prompt, actual, expected in zip(prompts, fast, slow):
+        assert len(actual) == len(expected) == options["beam"]
+        # Rounding decides between hypotheses of nearly the same score.
+        for a, b in zip(actual, expected):
+            torch.testing.assert_close(a["score"], b["score"], atol=1e-3, rtol=1e-3)
+            assert torch.equal(a["tokens"][: len(prompt)], prompt) and len(a["tokens"]) == 131
+            known = (h["positional_scores"][: len(prompt)] for h in (a, b))
+            torch.testing.assert_close(*known, atol=1e-3, rtol=1e-3)
+        if options["beam"] == 1:
+            assert torch.equal(actual[0]["tokens"], expected[0]["tokens"])
+
+
+def test_prompt_as_long_as_the_text(sha_rnn):
+    prompt = text(60, seed=2)
+    tokens = sha_rnn.encode(prompt)
+    hypothesis = sha_rnn.generate([tokens], beam=1, max_len_b=60)[0][0]
+    assert torch.equal(hypothesis["tokens"][:60], tokens)
+    expected = sha_rnn.score(prompt.decode())["positional_scores"]
+    actual = hypothesis["positional_scores"][:60]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_models_with_scalar_parameters_have_a_digest():
+    weights = {"scale": torch.tensor(2.0), "weight": torch.zeros(2, 3)}
+    first = digest(weights, {}, ["a"])
+    assert len(first) == 8 and first == digest(dict(weights), {}, ["a"])
+    assert first != digest({**weights, "scale": torch.tensor(3.0)}, {}, ["a"])

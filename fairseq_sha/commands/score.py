@@ -52,16 +52,15 @@ def run(args):
     model = load_model(args)
     score, tokens, nats = model.costs(data, progress=True)
     name = "standard input" if str(args.file) == "-" else str(args.file)
-    if score is None:
-        print(f"{name}: 0 bytes")
-        return
     text = model.codec.decode(tokens)
     bits = model.codec.spread(tokens, nats / math.log(2))
     if args.per_token:
         print_tokens(model.codec, tokens, nats)
     if args.per_line:
         print_lines(text, bits)
-    total = f"{score}; {-(-bits.sum() // 8):,.0f} bytes when compressed"
+    total = "0 bytes"
+    if score is not None:
+        total = f"{score}; {-(-bits.sum() // 8):,.0f} bytes when compressed"
     print(f"{name}: {total}")
     rows = by_kind(text, bits) if model.codec.name == "bytes" else []
     if rows:

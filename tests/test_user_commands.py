@@ -1,0 +1,189 @@
+"""``fairseq-sha``: what a terminal, a pipe and a mistake do to it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from fairseq_sha import UserError
+from fairseq_sha.commands import COMMANDS, main
+from fairseq_sha.commands.common import model_overrides
+from fairseq_sha.commands.evaluate import BLOCK, bits_of_blocks
+from tests.commands import REPOSITORY, command
+from tests.options import SHA_RNN
+from tests.tiny_corpus import text, write_folder
+
+
+def fairseq_sha(*argv, environment=None, **kwargs):
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "fairseq_sha", *argv],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
+        capture_output=True,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), test=833)
+
+
+@pytest.fixture(scope="module")
+def path(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    done = command("fairseq-train", data, f"{SHA_RNN} --max-update 30 --save-dir {folder}")
+    assert done.returncode == 0, done.stdout
+    return str(folder / "checkpoint_last.pt")
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_waits_for_nothing(name):
+    code = (
+        "import sys\n"
+        "from fairseq_sha.commands import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as exit: assert not exit.code\n"
+        "assert not {'torch', 'fairseq', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *([name] if name else []), "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = list(COMMANDS) if not name else [f"fairseq-sha {name}"]
+    assert all(word in done.stdout for word in expected)
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "--length", "20000"], ["score", "--cpu", "--per-line", "{file}"]]
+)
+def test_reader_that_has_seen_enough_ends_the_command_quietly(path, tmp_path, words):
+    (tmp_path / "text").write_bytes(text(60_000))
+    words = [word.format(file=tmp_path / "text") for word in words]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fairseq_sha", *words, "--path", path],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+    assert process.returncode in (0, 141)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_text_that_the_terminal_cannot_show_is_escaped(path, tmp_path, encoding):
+    name = os.fsencode(tmp_path) + b"/caf\xe9"
+    with open(name, "wb") as file:
+        file.write(b"abc\nde")
+    done = fairseq_sha(
+        *["score", "--path", path, "--cpu", "--per-line", name],
+        environment={"PYTHONIOENCODING": encoding},
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode().splitlines()
+    assert lines[0].endswith("\tabc") and "caf\\udce9: " in lines[2]
+
+
+def test_file_errors_are_one_line_unless_the_traceback_is_wanted(path):
+    words = ["score", "--path", path, "--cpu", "/none/there"]
+    done = fairseq_sha(*words, cwd=REPOSITORY)
+    assert done.returncode == 1
+    assert done.stderr.decode() == "error: /none/there: No such file or directory\n"
+    done = fairseq_sha(*words, cwd=REPOSITORY, environment={"FAIRSEQ_SHA_TRACEBACK": "1"})
+    assert done.returncode == 1 and b"Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--batch-size", "3", "--tokens-per-sample", "7"]])
+def test_evaluate_agrees_with_fairseq(data, path, tmp_path, capsys, options):
+    words = ["evaluate", data, "--path", path, "--cpu", *options]
+    assert main([*words, "--json", str(tmp_path / "score.json")]) == 0
+    out = capsys.readouterr().out
+    score = json.loads((tmp_path / "score.json").read_text())
+    eval_lm = command(
+        "fairseq-eval-lm",
+        data,
+        f"--path {path} --cpu --gen-subset test {' '.join(options) or '--tokens-per-sample 40'}",
+    )
+    bits = float(re.search(r"Loss \(base 2\): ([0-9.]+)", eval_lm.stdout).group(1))
+    assert score["tokens"] == score["bytes"] == 832
+    assert score["bits_per_byte"] == pytest.approx(bits, abs=2e-4)
+    assert f"{score['bits_per_byte']:.4f} bits per byte" in out and "832 tokens, 832 bytes" in out
+    assert sum(score["block_bits"]) == pytest.approx(832 * score["bits_per_byte"], abs=0.01)
+    assert os.listdir(tmp_path) == ["score.json"]
+
+
+def test_blocks_are_stretches_of_text():
+    np = pytest.importorskip("numpy")
+    sizes = np.array([BLOCK - 1, 1, 1, BLOCK])
+    bits = bits_of_blocks(np.log(2) * np.array([1.0, 2.0, 4.0, 8.0]), sizes)
+    assert bits == [3.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--context-window", "5"], "--context-window has no use here"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--context-window", "40"], "--context-window 40: leaves nothing to score"),
+        (["--split", "other"], "{data}/other.idx: no such file"),
+        (["--model-overrides", "window"], "--model-overrides window: not a dict"),
+        (["--model-overrides", "{'windows': 3}"], "--model-overrides windows: the model has no"),
+        (["--user-dir", "/none"], "--user-dir /none: no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(data, path, capsys, words, message):
+    assert main(["evaluate", data, "--path", path, "--cpu", *words]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: " + message.format(data=data))
+
+
+def test_overrides_act(data, path, capsys):
+    scores = []
+    for window in (60, 5):
+        words = ["evaluate", data, "--path", path, "--cpu"]
+        assert main([*words, "--model-overrides", f"{{'window': {window}}}"]) == 0
+        scores.append(capsys.readouterr().out)
+    assert scores[0] != scores[1]
+    assert model_overrides("{'a': 1}") == {"a": 1}
+    with pytest.raises(UserError, match="not a dict"):
+        model_overrides("{1: 2}")
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from fairseq.models import register_model
+from fairseq_sha.models.sha_rnn import SHARNN, SHARNNConfig
+
+@dataclass
+class OwnConfig(SHARNNConfig):
+    pass
+
+@register_model("own_model", dataclass=OwnConfig)
+class Own(SHARNN):
+    pass
+"""
+
+
+def test_user_dir_makes_a_model_of_ones_own_known(data, path, tmp_path):
+    torch = pytest.importorskip("torch")
+    (tmp_path / "own_plugin").mkdir()
+    (tmp_path / "own_plugin" / "__init__.py").write_text(PLUGIN)
+    state = torch.load(path, weights_only=True)
+    state["cfg"]["model"]["_name"] = "own_model"
+    torch.save(state, tmp_path / "own.pt")
+    words = ["evaluate", data, "--path", str(tmp_path / "own.pt"), "--cpu"]
+    done = fairseq_sha(*words, cwd=REPOSITORY)
+    assert done.returncode != 0
+    done = fairseq_sha(*words, "--user-dir", str(tmp_path / "own_plugin"), cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert b"832 tokens" in done.stdout
