@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 
+import fairseq_sha
 from fairseq_sha.errors import UserError
 
 
@@ -46,7 +47,8 @@ def load_model(args, allow_stock=False):
     if args.user_dir:
         if not os.path.isdir(args.user_dir):
             raise UserError(f"--user-dir {args.user_dir}: no such folder")
-        utils.import_user_module(args)
+        if not os.path.samefile(args.user_dir, os.path.dirname(fairseq_sha.__file__)):
+            utils.import_user_module(args)
     overrides = model_overrides(args.model_overrides)
     return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides, allow_stock)
 

@@ -4,8 +4,7 @@
 
 FILE may be - for standard input. Prints nats per token, bits per byte and perplexity of the whole
 text. For models of bytes also bits per byte of each kind of byte: letters that begin a word, other
-letters, digits, markup of XML and wiki, white space, other signs. For models of words, --per-token
-prints the cost of each word.
+letters, digits, markup of XML and wiki, white space, other signs.
 """
 
 import html

@@ -169,7 +169,10 @@ class SegmentLanguageModelingTask(FairseqTask):
     def setup_task(cls, cfg, **kwargs):
         compatibility.apply()
         if not cfg.data:
-            raise UserError("no data folder given; make one with a script in preprocess/")
+            raise UserError(
+                "no data folder given; make one with a script in preprocess/, or for words with "
+                "fairseq-preprocess"
+            )
         if os.pathsep in cfg.data and not os.path.isdir(cfg.data):
             raise UserError(f"{cfg.data}: a list of folders; name one, with the whole corpus in it")
         if cfg.tokens_per_sample < 1:
