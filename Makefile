@@ -23,6 +23,8 @@ VENV38 ?= .venv38
 VENV312 ?= .venv312
 
 BIN := $(VENV)/bin
+# Two processes, each with a file of tests and one thread: more threads would compete for the cores.
+PYTEST_OPTIONS ?= --numprocesses 2 --dist loadfile
 DATA := data-bin/enwiki6
 RUN := runs/demo
 # The best settings for eight minutes on two cores: many small updates of a narrow model, no dropout.
@@ -73,10 +75,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 test: lint $(DATA)/dict.txt
-	$(BIN)/python -m pytest tests -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) tests -m "not long"
 
 test-long: lint $(DATA)/dict.txt
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) tests
 
 test-312:
 	@test -n "$(PYTHON312)" || { \
@@ -96,7 +98,7 @@ has-python38:
 	@test -n "$(PYTHON38)"
 
 test-upstream: $(VENV38)/installed
-	$(VENV38)/bin/python -m pytest tests -m "not long"
+	OMP_NUM_THREADS=1 $(VENV38)/bin/python -m pytest $(PYTEST_OPTIONS) tests -m "not long"
 
 BENCHMARKS := optimizer train_step steps adaptive_span recurrences generation
 bench: $(VENV)/installed
