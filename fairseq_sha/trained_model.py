@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.hub_utils import GeneratorHubInterface
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_sha
 from fairseq_sha import compatibility
@@ -47,7 +48,7 @@ class TrainedModel(GeneratorHubInterface):
             path (str): the checkpoint
             data (str): data folder that it was trained with, for a checkpoint without its symbols
             cpu (bool): use the CPU even if there is a GPU
-            overrides (dict): settings of the model to change
+            overrides (dict): settings of the model or its task to change
             allow_stock (bool): accept fairseq's own models too, which can be evaluated, and have no
                 ``decoder.read``
 
@@ -69,21 +70,22 @@ class TrainedModel(GeneratorHubInterface):
             cfg.task.data = data or cfg.task.data
             if "collapse" in cfg.model:  # over-parameterised vectors: the same, and faster
                 cfg.model.collapse = True
-            for name, value in (overrides or {}).items():
-                if name not in cfg.model:
-                    raise UserError(f"--model-overrides {name}: the model has no such setting")
-                if isinstance(cfg.model, argparse.Namespace):  # fairseq's models without a config
-                    setattr(cfg.model, name, value)
-                else:
-                    OmegaConf.update(cfg.model, name, value)
+            _override(cfg, overrides or {})
         saved = state.get("task_state") or {}
-        if saved.get("symbols") and data is None:
-            codec = CODECS[saved.get("codec", "bytes")].from_symbols(saved["symbols"])
-            task = tasks.get_task(cfg.task._name)(cfg.task, codec, from_checkpoint=True)
-        else:
-            task = tasks.setup_task(cfg.task)
-            task.load_state_dict(saved)
-        model = task.build_model(cfg.model, from_checkpoint=True)
+        if saved.get("codec", "bytes") not in CODECS:
+            raise UserError(f"{path}: its codec {saved['codec']!r} is unknown; update fairseq_sha")
+        try:
+            if saved.get("symbols") and data is None:
+                codec = CODECS[saved.get("codec", "bytes")].from_symbols(saved["symbols"])
+                task = tasks.get_task(cfg.task._name)(cfg.task, codec, from_checkpoint=True)
+            else:
+                task = tasks.setup_task(cfg.task)
+                task.load_state_dict(saved)
+            model = task.build_model(cfg.model, from_checkpoint=True)
+        except OmegaConfBaseException as error:
+            if not overrides:
+                raise
+            raise UserError(f"--model-overrides {overrides}: {str(error).splitlines()[0]}")
         if not (allow_stock or isinstance(model.decoder, SegmentDecoder)):
             raise UserError(
                 f"{path}: --arch {cfg.model._name} is not a model of fairseq_sha; use "
@@ -145,9 +147,9 @@ class TrainedModel(GeneratorHubInterface):
             progress (bool): whether to show progress on standard error
 
         Returns:
-            the :class:`~fairseq_sha.evaluation.evaluate.Score`, the token ids, and the cost of each
-            in nats given all tokens before it, float32 array ``[length]``; None as the score of
-            nothing
+            the :class:`~fairseq_sha.evaluation.evaluate.Score`, whose bytes are those of the text;
+            the token ids; and the cost of each in nats given all tokens before it, float32 array
+            ``[length]``. The score of a text without tokens is None
         """
         tokens = self.encode(data).numpy()
         if not len(tokens):
@@ -155,14 +157,13 @@ class TrainedModel(GeneratorHubInterface):
         policy = Carried(1, self.cfg.task.tokens_per_sample)
         text = _Text(np.append(self.codec.start, tokens))
         score, nats = evaluate(self.models[0], text, "text", self.codec, policy, progress)
-        return score, tokens, nats
+        return score._replace(bytes=len(data)), tokens, nats
 
     def bits(self, data, progress=False):
-        """The cost of each byte of ``codec.decode(codec.encode(data))`` in bits: float64 array. The
-        cost of a token of several bytes is spread evenly over them. Arguments as for
-        :meth:`costs`."""
-        _, tokens, nats = self.costs(data, progress)
-        return self.codec.spread(tokens, nats / np.log(2))
+        """The cost of each byte of a text in bits: float64 array ``[len(data)]``. The cost of a
+        token of several bytes is spread evenly over them. Arguments as for :meth:`costs`."""
+        _, _, nats = self.costs(data, progress)
+        return self.codec.spread(data, nats / np.log(2))
 
 
 class _Text:
@@ -173,6 +174,23 @@ class _Text:
 
     def __len__(self):
         return len(self.tokens) - 1
+
+
+def _override(cfg, overrides):
+    """Change settings of the model and the task.
+
+    Raises:
+        UserError: there is no such setting; fairseq would go on without a word
+    """
+    for name, value in overrides.items():
+        sections = [section for section in (cfg.model, cfg.task) if name in section]
+        if not sections or name.startswith("_"):
+            raise UserError(f"--model-overrides {name}: the model has no such setting")
+        for section in sections:
+            if isinstance(section, DictConfig):
+                section[name] = value
+            else:  # the argparse.Namespace of fairseq's models without a config
+                setattr(section, name, value)
 
 
 def digest(weights, settings, symbols):

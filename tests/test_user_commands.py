@@ -187,3 +187,67 @@ def test_user_dir_makes_a_model_of_ones_own_known(data, path, tmp_path):
     done = fairseq_sha(*words, "--user-dir", str(tmp_path / "own_plugin"), cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert b"832 tokens" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["--help", "compress"])
+def test_reader_that_was_never_there(path, tmp_path, name):
+    (tmp_path / "text").write_bytes(b"abc")
+    words, unbuffered = ["--help"], ""  # help is printed, and fails, at the very end
+    if name == "compress":  # which goes on after a file that cannot be compressed
+        words, unbuffered = ["compress", "--path", path, "--cpu", str(tmp_path / "text")], "1"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fairseq_sha", *words],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert b"Traceback" not in done.stderr and b"Broken" not in done.stderr
+
+
+def test_overrides_reach_the_task(data, path, capsys):
+    words = ["evaluate", data, "--path", path, "--cpu", "--model-overrides"]
+    assert main([*words, "{'tokens_per_sample': 7}"]) == 0
+    assert "segments of 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("{'window': 'many'}", "--model-overrides {'window': 'many'}: "),
+        ("{'_name': 'min_rnn'}", "--model-overrides _name: the model has no such setting"),
+        ("{'model': {'window': 5}}", "--model-overrides model: the model has no such setting"),
+        ("{'width': 8}", "the checkpoint is of another model or other sizes"),
+    ],
+)
+def test_overrides_that_do_not_fit(data, path, capsys, overrides, message):
+    words = ["evaluate", data, "--path", path, "--cpu", "--model-overrides", overrides]
+    assert main(words) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_plug_in_whose_name_is_taken(data, path, tmp_path, capsys):
+    (tmp_path / "json").mkdir()
+    words = ["evaluate", data, "--path", path, "--cpu", "--user-dir", str(tmp_path / "json")]
+    assert main(words) == 1
+    assert "another module has this name; rename it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"codec": "runes"}, "its codec 'runes' is unknown"),
+        ({"symbols": ["<s>", "<pad>", "</s>", "<unk>", "97", "97"]}, "are not a dictionary's"),
+    ],
+)
+def test_checkpoint_whose_symbols_mean_nothing(path, tmp_path, capsys, change, message):
+    torch = pytest.importorskip("torch")
+    state = torch.load(path, weights_only=True)
+    state["task_state"].update(change)
+    torch.save(state, tmp_path / "other.pt")
+    words = ["score", "--path", str(tmp_path / "other.pt"), "--cpu", path]
+    assert main(words) == 1
+    assert message in capsys.readouterr().err

@@ -30,11 +30,12 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         # A name or a text that the terminal cannot show must not end the work.
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        status = args.run(args) or 0
-        sys.stdout.flush()
-        return status
+        try:
+            args = parse(sys.argv[1:] if argv is None else argv)
+            return args.run(args) or 0
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough, as in `| head`. Python flushes standard output once more at
         # exit, which would fail again.
@@ -50,7 +51,9 @@ def main(argv=None):
 
 def parse(argv):
     """The options of the command that is named first; only its module is imported."""
-    parser = argparse.ArgumentParser(prog="fairseq-sha", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="fairseq-sha", description="Use and compare language models that fairseq has trained."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, line in COMMANDS.items():

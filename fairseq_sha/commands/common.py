@@ -48,6 +48,12 @@ def load_model(args, allow_stock=False):
         if not os.path.isdir(args.user_dir):
             raise UserError(f"--user-dir {args.user_dir}: no such folder")
         if not os.path.samefile(args.user_dir, os.path.dirname(fairseq_sha.__file__)):
+            folder = os.path.abspath(args.user_dir)
+            loaded = sys.modules.get(os.path.basename(folder))
+            if loaded is not None and folder not in getattr(loaded, "__path__", ()):
+                raise UserError(
+                    f"--user-dir {args.user_dir}: another module has this name; rename it"
+                )
             utils.import_user_module(args)
     overrides = model_overrides(args.model_overrides)
     return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides, allow_stock)

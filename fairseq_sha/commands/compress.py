@@ -84,6 +84,8 @@ def for_each(paths, function):
         try:
             function(path)
             done.append(path)
+        except BrokenPipeError:  # of standard output, not of a file
+            raise
         except (UserError, OSError) as error:
             if wants_traceback():
                 traceback.print_exc()

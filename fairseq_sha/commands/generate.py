@@ -62,9 +62,11 @@ def run(args):
         import torch
 
         torch.manual_seed(args.seed)
+    # The prompt as the model reads it: words are followed by a space.
+    shown = model.codec.decode(model.encode(prompt))
     for _ in range(args.samples):
         out = sys.stdout.buffer
-        out.write(prompt + model.continuation(prompt, args.length, **options) + b"\n")
+        out.write(shown + model.continuation(prompt, args.length, **options) + b"\n")
         out.flush()
 
 

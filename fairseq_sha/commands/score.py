@@ -51,21 +51,23 @@ def run(args):
     model = load_model(args)
     score, tokens, nats = model.costs(data, progress=True)
     name = "standard input" if str(args.file) == "-" else str(args.file)
-    text = model.codec.decode(tokens)
-    bits = model.codec.spread(tokens, nats / math.log(2))
+    bits = model.codec.spread(data, nats / math.log(2))
     if args.per_token:
         print_tokens(model.codec, tokens, nats)
     if args.per_line:
-        print_lines(text, bits)
-    total = "0 bytes"
-    if score is not None:
+        print_lines(data, bits)
+    if score is None:
+        total = f"{len(data):,} bytes"
+    elif model.codec.lossless:
         total = f"{score}; {-(-bits.sum() // 8):,.0f} bytes when compressed"
+    else:
+        total = f"{score}; {(tokens == model.dictionary.unk()).sum():,} unknown words"
     print(f"{name}: {total}")
-    rows = by_kind(text, bits) if model.codec.name == "bytes" else []
+    rows = by_kind(data, bits) if model.codec.name == "bytes" else []
     if rows:
         print(table(rows))
     if args.html:
-        write_atomically(args.html, picture(name, total, rows, text, bits))
+        write_atomically(args.html, picture(name, total, rows, data, bits))
 
 
 def print_tokens(codec, tokens, nats):
@@ -79,7 +81,7 @@ def print_lines(data, bits):
     """Bits per byte and bits of each line, including its newline, and the line."""
     for match in re.finditer(rb"[^\n]*\n|[^\n]+", data):
         cost = bits[match.start() : match.end()]
-        text = match[0].decode("utf-8", "replace").rstrip("\n")
+        text = match[0].decode("utf-8", "backslashreplace").rstrip("\n")
         print(f"{cost.mean():.3f}\t{cost.sum():.1f}\t{text}")
 
 

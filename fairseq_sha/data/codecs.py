@@ -5,6 +5,7 @@ codec. A checkpoint names its codec and lists its symbols, so that it needs no o
 """
 
 import os
+import re
 
 import numpy as np
 import torch
@@ -45,10 +46,16 @@ class Codec:
 
     @classmethod
     def from_symbols(cls, symbols):
-        """The codec of a checkpoint, from the list of all symbols, special ones included."""
+        """The codec of a checkpoint, from the list of all symbols, special ones included.
+
+        Raises:
+            UserError: no dictionary of fairseq has these symbols in this order
+        """
         dictionary = cls.dictionary_type()
         for symbol in symbols[dictionary.nspecial :]:
             dictionary.add_symbol(symbol)
+        if dictionary.symbols != list(symbols):
+            raise UserError("the checkpoint's symbols are not a dictionary's; name another one")
         return cls(dictionary)
 
     def encode(self, data):
@@ -67,19 +74,26 @@ class Codec:
         """How many bytes of text each token stands for: int64 array ``[V]``."""
         raise NotImplementedError
 
-    def spread(self, tokens, costs):
+    def sizes(self, data):
+        """How many bytes of a text each of its tokens stands for: int64 array ``[length]``. They
+        add up to ``len(data)``, unless there are no tokens."""
+        raise NotImplementedError
+
+    def spread(self, data, costs):
         """Costs per token as costs per byte of text: the cost of a token of several bytes is spread
         evenly over them.
 
         Args:
-            tokens (ndarray): ids, ``[length]``
-            costs (ndarray): of each, ``[length]``
+            data (bytes): the text
+            costs (ndarray): of each of its tokens, ``[length]``
 
         Returns:
-            float64 array ``[bytes]``
+            float64 array ``[len(data)]``
         """
-        sizes = self.bytes_per_token()[tokens]
-        return np.repeat(costs.astype(np.float64) / np.maximum(sizes, 1), sizes)
+        if not len(costs):
+            return np.zeros(len(data))
+        sizes = self.sizes(data)
+        return np.repeat(costs.astype(np.float64) / sizes, sizes)
 
     def is_word(self):
         """Which tokens are words, for perplexity per word: bool array ``[V]``; None if the codec
@@ -107,6 +121,9 @@ class ByteCodec(Codec):
     def encode(self, data):
         return self.dictionary.encode(data)
 
+    def sizes(self, data):
+        return np.ones(len(data), np.int64)
+
     def decode(self, tokens):
         return self.dictionary.decode(tokens)
 
@@ -121,6 +138,10 @@ class ByteCodec(Codec):
         return [self.dictionary.unk(), *super().not_generated()]
 
 
+# A word, or the end of a line.
+_WORD = re.compile(r"\S+|\n")
+
+
 class WordCodec(Codec):
     """A token is a word or, as ``</s>``, the end of a line: text as ``fairseq-preprocess`` splits
     it. Words that the dictionary lacks are ``<unk>``, an ordinary token.
@@ -133,18 +154,23 @@ class WordCodec(Codec):
     counts_words = True
 
     def encode(self, data):
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"byte {data[error.start]} at offset {error.start} of the text is not UTF-8, as "
-                "words must be; convert the text"
-            )
-        lines = text.split("\n")
-        words = [[*line.split(), self.dictionary.eos_word] for line in lines[:-1]]
-        words.append(lines[-1].split())  # a line that is not ended
-        tokens = [self.dictionary.index(word) for line in words for word in line]
+        tokens = [self._token(match[0]) for match in _WORD.finditer(_text(data))]
         return torch.tensor(tokens, dtype=torch.long)
+
+    def _token(self, word):
+        if word == "\n":
+            return self.dictionary.eos()
+        token = self.dictionary.index(word)
+        # The name of a special symbol is a word like any other where a text holds it.
+        return token if token >= self.dictionary.nspecial else self.dictionary.unk()
+
+    def sizes(self, data):
+        """White space belongs to the word before it; at the beginning, to the first word."""
+        text = _text(data)
+        starts = [match.start() for match in _WORD.finditer(text)]
+        ends = [*starts[1:], len(text)]
+        sizes = (len(text[i:j].encode()) for i, j in zip([0, *starts[1:]], ends) if starts)
+        return np.fromiter(sizes, np.int64)
 
     def decode(self, tokens):
         table = self._table()
@@ -165,6 +191,16 @@ class WordCodec(Codec):
         for i in (self.dictionary.bos(), self.dictionary.pad(), *self.not_generated()):
             table[i] = b""
         return table
+
+
+def _text(data):
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {data[error.start]} at offset {error.start} of the text is not UTF-8, as words "
+            "must be; convert the text"
+        )
 
 
 #: By name.
