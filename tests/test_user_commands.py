@@ -103,6 +103,19 @@ def test_file_errors_are_one_line_unless_the_traceback_is_wanted(path):
     assert done.returncode == 1 and b"Traceback" in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_is_one_line(path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fairseq_sha", "generate", "--path", path, "--length", "5"],
+            cwd=REPOSITORY,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines()[-1] == "error: No space left on device"
+
+
 @pytest.mark.parametrize("options", [[], ["--batch-size", "3", "--tokens-per-sample", "7"]])
 def test_evaluate_agrees_with_fairseq(data, path, tmp_path, capsys, options):
     words = ["evaluate", data, "--path", path, "--cpu", *options]

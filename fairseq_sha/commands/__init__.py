@@ -6,6 +6,7 @@ must be fast, so that ``--help`` answers at once: torch and fairseq are imported
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -42,11 +43,20 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as a shell reports SIGPIPE
     except (UserError, OSError) as error:
-        if wants_traceback() or not (isinstance(error, UserError) or error.filename is not None):
+        message = _message(error)
+        if message is None or wants_traceback():
             raise
-        message = error if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
         print(f"error: {message}", file=sys.stderr)
         return 1
+
+
+def _message(error):
+    """The line to show for an error that the user can fix; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return error.strerror if error.errno == errno.ENOSPC else None
 
 
 def parse(argv):
