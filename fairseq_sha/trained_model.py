@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, tasks
 from fairseq.hub_utils import GeneratorHubInterface
+from fairseq.models import MODEL_REGISTRY
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,6 +75,11 @@ class TrainedModel(GeneratorHubInterface):
         saved = state.get("task_state") or {}
         if saved.get("codec", "bytes") not in CODECS:
             raise UserError(f"{path}: its codec {saved['codec']!r} is unknown; update fairseq_sha")
+        if cfg.model._name not in MODEL_REGISTRY:
+            raise UserError(
+                f"{path}: --arch {cfg.model._name} is not registered; name the plug-in that has it "
+                "with --user-dir"
+            )
         try:
             if saved.get("symbols") and data is None:
                 codec = CODECS[saved.get("codec", "bytes")].from_symbols(saved["symbols"])

@@ -65,7 +65,7 @@ def model_overrides(text):
         overrides = ast.literal_eval(text)
         if isinstance(overrides, dict) and all(isinstance(key, str) for key in overrides):
             return overrides
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
     raise UserError(
         f"--model-overrides {text}: not a dict of settings; give one such as \"{{'mem_len': 100}}\""

@@ -74,7 +74,9 @@ def evaluate_split(trained, args):
     from fairseq_sha.evaluation.evaluate import evaluate
 
     task, model = trained.task, trained.models[0]
-    length = args.tokens_per_sample or task.cfg.tokens_per_sample
+    length = args.tokens_per_sample
+    if length is None:
+        length = task.cfg.tokens_per_sample
     for option, value, least in (
         ("batch-size", args.batch_size, 1),
         ("tokens-per-sample", length, 1),
@@ -108,6 +110,6 @@ def bits_of_blocks(costs, sizes):
     """
     import numpy as np
 
-    block = (np.cumsum(sizes) - 1) // BLOCK
+    block = np.maximum(np.cumsum(sizes) - 1, 0) // BLOCK
     bits = np.bincount(block, weights=costs / np.log(2))
     return [round(float(value), 3) for value in bits]

@@ -216,7 +216,7 @@ def test_evaluation_says_how_it_was_made_and_agrees_with_fairseq(data, finished)
     other = eval_lm(data, finished[0] / "good" / "seed1", options + " {'window':60}")
     assert abs(other["bits"] - found["bits"]) > 1e-3
     assert found["bytes"] == found["tokens"] == expected["tokens"] == 832
-    assert found["policy"] == "carried state, 8 streams, segments of 50" and found["streams"] == 8
+    assert found["policy"] == "state carried, 8 streams, segments of 50" and found["streams"] == 8
     assert found["tokens_per_second"] > 0
     assert found["block_bytes"] == 10_000 and len(found["block_bits"]) == 1
     assert sum(found["block_bits"]) == pytest.approx(found["bits"] * 832, rel=1e-5)
