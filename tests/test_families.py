@@ -13,7 +13,7 @@ from tests.tiny_corpus import write_folder
 
 TEST_BYTES = 833
 # The frequencies of single bytes give 3.13 bits, and those of pairs 1.83.
-LEARNED = 2.95
+LEARNED = 2.75
 
 OTHERS = [family for name, family in FAMILIES.items() if name != "sha_rnn"]
 
@@ -28,7 +28,7 @@ def trained(request, data, tmp_path_factory):
     """A family, its options, and an uninterrupted run: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     options = f"{options_of(request.param)} --save-interval-updates 7 --no-epoch-checkpoints"
-    options += " --max-update 100"
+    options += " --max-update 150"
     done = command("fairseq-train", data, f"{options} --save-dir {folder}")
     assert done.returncode == 0, done.stdout
     return request.param, options, folder, done.stdout
@@ -36,7 +36,7 @@ def trained(request, data, tmp_path_factory):
 
 def test_training_learns(trained):
     bits = [float(value) for value in re.findall(r"train_inner.*?bpc=([0-9.]+)", trained[3])]
-    assert len(bits) == 100 and bits[0] == pytest.approx(4, abs=0.5)
+    assert len(bits) == 150 and bits[0] == pytest.approx(4, abs=0.5)
     valid = re.findall(r"valid on 'valid' subset.*?bpc (\S+)", trained[3])
     assert float(valid[-1]) < LEARNED
 
@@ -46,7 +46,7 @@ def test_spans_stay_in_bounds_and_are_logged(trained):
     if family.name != "adaptive_span":
         pytest.skip("has no spans")
     for name in ("span_mean", "span_max", "span_loss"):
-        assert len(re.findall(rf"train_inner.*?{name}=[0-9.]+", output)) == 100
+        assert len(re.findall(rf"train_inner.*?{name}=[0-9.]+", output)) == 150
     assert "span_loss" not in re.search(r"valid on 'valid'.*", output).group()
     weights = torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
     spans = torch.cat([value for name, value in weights.items() if name.endswith("span")])
@@ -59,12 +59,12 @@ def test_spans_stay_in_bounds_and_are_logged(trained):
 def test_resumed_run_repeats_the_uninterrupted_one(data, trained, tmp_path):
     """Carried state, dropout and schedule all go on, in mid-epoch."""
     _, options, folder, output = trained
-    (checkpoint,) = folder.glob("checkpoint_*_84.pt")
+    (checkpoint,) = folder.glob("checkpoint_*_133.pt")
     options += f" --restore-file {checkpoint} --save-dir {tmp_path}"
     done = command("fairseq-train", data, options)
     losses, expected = logged_losses(done.stdout), logged_losses(output)
     assert "carried state" not in done.stdout  # which warns of its absence
-    assert len(losses) == 16, done.stdout
+    assert len(losses) == 17, done.stdout
     assert losses == {updates: expected[updates] for updates in losses}
 
 

@@ -4,6 +4,7 @@ Whatever turns text into tokens, tokens into text, or a cost per token into a co
 codec. A checkpoint names its codec and lists its symbols, so that it needs no other file.
 """
 
+import abc
 import os
 import re
 
@@ -15,7 +16,7 @@ from fairseq_sha.data.byte_dictionary import ByteDictionary, load_dictionary
 from fairseq_sha.errors import UserError
 
 
-class Codec:
+class Codec(abc.ABC):
     """What a token is worth. ``V`` is the size of the vocabulary.
 
     Args:
@@ -58,26 +59,26 @@ class Codec:
             raise UserError("the checkpoint's symbols are not a dictionary's; name another one")
         return cls(dictionary)
 
+    @abc.abstractmethod
     def encode(self, data):
         """Token ids of a text: bytes to LongTensor ``[length]``.
 
         Raises:
             UserError: something in it cannot be encoded
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, tokens):
         """The text that a sequence of token ids stands for, as bytes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bytes_per_token(self):
         """How many bytes of text each token stands for: int64 array ``[V]``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sizes(self, data):
         """How many bytes of a text each of its tokens stands for: int64 array ``[length]``. They
         add up to ``len(data)``, unless there are no tokens."""
-        raise NotImplementedError
 
     def spread(self, data, costs):
         """Costs per token as costs per byte of text: the cost of a token of several bytes is spread

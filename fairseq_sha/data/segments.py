@@ -7,6 +7,7 @@ of predictions, and all streams are read side by side, one segment after the oth
 context again.
 """
 
+import abc
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ def segment_lengths(total, tokens_per_sample, rng=None):
     return np.diff(ends, prepend=0)
 
 
-class _Batches(FairseqDataset):
+class _Batches(FairseqDataset, abc.ABC):
     """Item ``i`` is the whole batch ``i``. A subclass says in ``rows`` which predictions are in it.
 
     Args:
@@ -89,14 +90,14 @@ class _Batches(FairseqDataset):
             if codec.counts_words:
                 self.worth["nwords"] = codec.is_word().astype(np.int64)
 
+    @abc.abstractmethod
     def rows(self, index):
         """What each row of a batch holds: a list of ``(first, context, count)``. The row's targets
         are predictions ``first`` to ``first + count``; ``context`` positions come before them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def length(self, index):
         """Positions of each row."""
-        raise NotImplementedError
 
     def __getitem__(self, index):
         """Batch ``index`` of ``T`` positions: ``src_tokens`` and ``target``, ``[B, T]``. Also how
