@@ -289,7 +289,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
     """
     chosen = family(name)
     published = chosen.published
-    weights = published.prepare(read_weights(weights_path))
+    weights = published.prepare(read_weights(weights_path), {})
     symbols = read_symbols(symbols_path, codec)
     codec = CODECS[codec].load(str(folder))
     ids = check_symbols(symbols, codec, folder)
@@ -300,7 +300,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
         key: (len(symbols), *p.shape[1:]) if key in published.vocabulary else tuple(p.shape)
         for key, p in model.decoder.named_parameters()
     }
-    converted = published.convert(weights, shapes)
+    converted = published.convert(weights, shapes, model.decoder.tied_parameters())
     for key in published.vocabulary:
         converted[key] = place_rows(converted[key], ids, len(codec.dictionary))
     state = OrderedDict((f"decoder.{key}", value) for key, value in converted.items())

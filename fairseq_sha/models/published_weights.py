@@ -13,12 +13,15 @@ def _no_other_tensors(name, weights):
     return None
 
 
+def _as_they_are(weights, settings):
+    return dict(weights)
+
+
 @dataclass(frozen=True)
 class PublishedWeights:
     """Converts a state dict of a reference implementation to the parameters of our decoder.
 
-    Several names of the reference may stand for one of ours: these tensors are tied, and one of
-    them is enough.
+    Where the reference saves tied tensors under several names, one of them is enough.
     """
 
     #: What the names of a layer's tensors begin with in the reference, before the layer's number.
@@ -38,8 +41,8 @@ class PublishedWeights:
     constant: Callable = _no_other_tensors
     #: Matches the names of tensors that have dimensions of size 1 which ours lack.
     singletons: str = "$^"
-    #: From weights to the same in our layout.
-    prepare: Callable = dict
+    #: From weights and the user's settings, a dict, to the same weights in our layout.
+    prepare: Callable = _as_they_are
 
     def our_name(self, name):
         """Our name of a tensor of the reference, or None if the model has no such tensor."""
@@ -66,13 +69,14 @@ class PublishedWeights:
                 return f"{self.layer_prefix}.{layer}.{reference}{rest[len(ours) :]}"
         raise KeyError(name)
 
-    def convert(self, weights, shapes):
+    def convert(self, weights, shapes, tied):
         """The weights under our names.
 
         Args:
             weights (dict): tensors by the reference's names, after :attr:`prepare`
             shapes (dict): shapes of our parameters by name; those of :attr:`vocabulary` with as
                 many rows as the weights have symbols
+            tied (dict): the parameters that are others of ``shapes``, and which: names
 
         Returns:
             a dict of float32 Tensors by our names, one for each of ``shapes``
@@ -80,7 +84,7 @@ class PublishedWeights:
         Raises:
             UserError: a tensor that is missing, unknown, or of another shape; tied ones that differ
         """
-        converted = {}
+        converted, sources = {}, {}
         for reference, value in weights.items():
             constant = self.constant(reference, weights)
             if constant is not None:
@@ -90,6 +94,7 @@ class PublishedWeights:
                     raise UserError(f"{reference!r} is not what this model family computes there")
                 continue
             name = self.our_name(reference)
+            name = tied.get(name, name)
             if name not in shapes:
                 raise UserError(
                     f"{reference!r} has no place in this model; leave it out if it is not needed"
@@ -104,10 +109,10 @@ class PublishedWeights:
             value = squeezed.float()
             if name in converted and not torch.equal(converted[name], value):
                 raise UserError(
-                    f"{reference!r} differs from {self.reference_name(name)!r}; the two are tied, "
-                    "so they must be the same"
+                    f"{reference!r} differs from {sources[name]!r}; the two are tied, so they must "
+                    "be the same"
                 )
-            converted[name] = value
+            converted[name], sources[name] = value, reference
         missing = sorted(self.reference_name(name) for name in set(shapes) - set(converted))
         if missing:
             raise UserError(f"the weights lack {', '.join(map(repr, missing))}")
@@ -139,3 +144,59 @@ def shape_of(weights, name, dimensions):
     if len(shape) != dimensions:
         raise UserError(f"{name!r} has the shape {list(shape)}; expected {dimensions} dimensions")
     return shape
+
+
+#: More than any published model has.
+MAX_BANDS = 8
+
+
+def adaptive_names(tables, projections, layers, layer_projections):
+    """The reference's names of an adaptive input and softmax, and ours.
+
+    Args:
+        tables, projections, layers, layer_projections (str): what the reference calls the
+            embeddings, their projections, the layers of the softmax and theirs, before the number
+            of the band. A table or layer ends with ``.weight`` or not
+    """
+    names = {}
+    for i in range(MAX_BANDS):
+        weight, bias = "weight", "bias"
+        if i > 0:
+            weight, bias = f"tail_weights.{i - 1}", f"tail_biases.{i - 1}"
+        for end in ("", ".weight"):
+            names[f"{tables}.{i}{end}"] = f"embedding.{weight}"
+        names[f"{projections}.{i}"] = f"embedding.projections.{i}"
+        names[f"{layers}.{i}.weight"] = f"head.{weight}"
+        names[f"{layers}.{i}.bias"] = f"head.{bias}"
+        names[f"{layer_projections}.{i}"] = f"head.projections.{i}"
+    return names
+
+
+def adaptive_sizes(weights, width, tied_projections, names):
+    """The fields of an :class:`~fairseq_sha.models.embeddings.AdaptiveConfig` that prepared weights
+    show; none for a single band.
+
+    Args:
+        weights (dict): tensors by the reference's names
+        width (int): ``H``
+        tied_projections (str): as the reference ties them, unless every one differs
+        names (tuple of str): the arguments of :func:`adaptive_names`
+    """
+    tables, projections, layers, layer_projections = names
+    shapes = []
+    for i in range(MAX_BANDS):
+        tied = (f"{layers}.{i}.weight", f"{tables}.{i}.weight", f"{tables}.{i}")
+        shapes += [weights[name].shape for name in tied if name in weights][:1]
+    if len(shapes) < 2:
+        return {}
+    pairs = [(f"{projections}.{i}", f"{layer_projections}.{i}") for i in range(len(shapes))]
+    pairs = [(weights[a], weights[b]) for a, b in pairs if a in weights and b in weights]
+    if len(pairs) == len(shapes) and not any(torch.equal(a, b) for a, b in pairs):
+        tied_projections = "none"
+    rows, widths = zip(*shapes)
+    return {
+        "cutoffs": [sum(rows[: i + 1]) for i in range(len(rows) - 1)],
+        "div_val": widths[0] / widths[1],
+        "embedding_width": 0 if widths[0] == width else widths[0],
+        "tied_projections": tied_projections,
+    }

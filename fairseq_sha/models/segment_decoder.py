@@ -18,7 +18,8 @@ import fairseq_sha
 from fairseq_sha import compatibility
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.carried_state import CarriedState
-from fairseq_sha.models.heads import SoftmaxHead
+from fairseq_sha.models.embeddings import AdaptiveEmbedding
+from fairseq_sha.models.heads import AdaptiveSoftmaxHead, SoftmaxHead
 from fairseq_sha.ops import dropout
 
 
@@ -57,7 +58,9 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         layers (list of nn.Module): each takes ``h [T, B, H]``, its state, which is a dict that is
             empty at a start, and a :class:`Context`; it returns the new ``h`` and its new state
         width (int): ``H``
-        tied (bool): whether the head shares the embedding's weight or has its own
+        bands (~fairseq_sha.models.embeddings.Bands): for an adaptive input and softmax; None for a
+            softmax over the whole vocabulary
+        tied (bool): without bands: whether the head shares the embedding's weight or has its own
         embedding_scale (float): factor on the embedded tokens
         dropout_embedding (float): on whole rows of the embedding matrix
         dropout_input (float): on the embedded tokens
@@ -78,6 +81,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         dictionary,
         layers,
         width,
+        bands=None,
         tied=True,
         embedding_scale=1.0,
         dropout_embedding=0.0,
@@ -86,10 +90,20 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         final_norm=None,
     ):
         super().__init__(dictionary)
-        self.embedding = nn.Embedding(len(dictionary), width)
+        if bands is None:
+            self.embedding = nn.Embedding(len(dictionary), width)
+        else:
+            self.embedding = AdaptiveEmbedding(bands)
         self.layers = nn.ModuleList(layers)
         self.final_norm = final_norm
-        self.head = SoftmaxHead(width, len(dictionary), self.embedding.weight if tied else None)
+        if bands is None:
+            tied_weight = self.embedding.weight if tied else None
+            self.head = SoftmaxHead(width, len(dictionary), tied_weight)
+        else:
+            self.head = AdaptiveSoftmaxHead(self.embedding)
+            # Where fairseq looks for it; past nn.Module, which would take it for a second head.
+            self.__dict__["adaptive_softmax"] = self.head
+        self.bands = bands
         self.embedding_scale = embedding_scale
         self.dropout_embedding = dropout_embedding
         self.dropout_input = dropout_input
@@ -102,7 +116,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         self.total_updates = 0
         #: Whether to recompute each layer for its gradient instead of keeping its activations.
         self.checkpoint_activations = False
-        self._register_state_dict_hook(_leave_out_tied_weight)
+        self._register_state_dict_hook(_leave_out_tied)
         self._register_load_state_dict_pre_hook(self._complete_state_dict)
 
     # What fairseq calls.
@@ -130,22 +144,23 @@ class SegmentDecoder(FairseqIncrementalDecoder):
                 for auxiliary losses
 
         Returns:
-            Without targets: logits ``[B, T, V]`` (of the last token only, when generating), and
-            None. With targets: the loss of each in nats, ``[B, T]``, and a dict that is empty
-            except in training: ``auxiliary_losses`` and ``statistics``, see
-            :meth:`auxiliary_losses` and :meth:`statistics`.
+            Without targets: logits ``[B, T, V]`` (of the last token only, when generating), or
+            features ``[B, T, H]`` with an adaptive softmax, as fairseq has it; and None. With
+            targets: the loss of each in nats, ``[B, T]``, and a dict that is empty except in
+            training: ``auxiliary_losses`` and ``statistics``, see :meth:`auxiliary_losses` and
+            :meth:`statistics`.
         """
         done = self._read_batch(prev_output_tokens, incremental_state, segment)
         features = done.features.transpose(0, 1)
         if targets is None:
-            return self.head.logits(features), None
+            return (features if self.bands else self.head.logits(features)), None
         extra = {}
         if self.training:
             extra = {
                 "auxiliary_losses": self.auxiliary_losses(done, targets, further_targets),
                 "statistics": self.statistics(),
             }
-        return self.head.losses(features, targets), extra
+        return self.head.losses(features, targets, self.training), extra
 
     def extract_features(self, prev_output_tokens, incremental_state=None, segment=None, **unused):
         """The features ``[B, T, H]`` that the head reads, and None. Arguments as for
@@ -255,9 +270,9 @@ class SegmentDecoder(FairseqIncrementalDecoder):
 
     def embed(self, tokens, training):
         """Tokens ``[T, B]`` to the first layer's input ``[T, B, H]``."""
-        h = self.embedding(tokens)
+        h = self.embedding(tokens, training) if self.bands else self.embedding(tokens)
         if training and self.dropout_embedding > 0:
-            rows = torch.ones_like(self.embedding.weight[:, :1])
+            rows = h.new_ones(len(self.dictionary), 1)
             h = h * dropout(rows, self.dropout_embedding)[tokens]
         if self.embedding_scale != 1:
             h = h * self.embedding_scale
@@ -305,19 +320,26 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             flat = {name: tensor.index_select(1, new_order) for name, tensor in flat.items()}
             self.set_incremental_state(incremental_state, "state", flat)
 
-    # A tied weight is saved once, as the embedding's.
+    # Tied parameters are saved once, as the embedding's.
+
+    def tied_parameters(self):
+        """The head's parameters that are the embedding's: a dict from names to names there."""
+        names = {id(p): name for name, p in self.embedding.named_parameters()}
+        ours = self.head.named_parameters()
+        return {f"head.{n}": f"embedding.{names[id(p)]}" for n, p in ours if id(p) in names}
 
     def _complete_state_dict(self, state_dict, prefix, *unused):
         for name in ("weight", "bias"):  # as version 0.1 called them
             if f"{prefix}output_{name}" in state_dict:
                 state_dict[f"{prefix}head.{name}"] = state_dict.pop(f"{prefix}output_{name}")
-        if self.head.tied and f"{prefix}embedding.weight" in state_dict:
-            state_dict[f"{prefix}head.weight"] = state_dict[f"{prefix}embedding.weight"]
+        for name, saved in self.tied_parameters().items():
+            if f"{prefix}{saved}" in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{saved}"]
 
 
-def _leave_out_tied_weight(decoder, state_dict, prefix, local_metadata):
-    if decoder.head.tied:
-        state_dict.pop(f"{prefix}head.weight")
+def _leave_out_tied(decoder, state_dict, prefix, local_metadata):
+    for name in decoder.tied_parameters():
+        state_dict.pop(f"{prefix}{name}")
 
 
 class SegmentLanguageModel(FairseqLanguageModel):

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import List
 
 import torch
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.embeddings import AdaptiveConfig, bands
 from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.published_weights import (
     PublishedWeights,
@@ -40,7 +41,7 @@ CELLS = {
 
 
 @dataclass
-class SHARNNConfig(FairseqDataclass):
+class SHARNNConfig(AdaptiveConfig):
     width: int = field(
         default=1024, metadata={"help": "width H of embedding and layers (default: paper, enwik8)"}
     )
@@ -151,6 +152,7 @@ class SHARNNDecoder(SegmentDecoder):
             dictionary,
             layers,
             cfg.width,
+            bands=bands(cfg, dictionary),
             dropout_embedding=cfg.dropout_embedding,
             dropout_input=cfg.dropout_input,
             dropout_output=cfg.dropout_output,
@@ -159,12 +161,16 @@ class SHARNNDecoder(SegmentDecoder):
             self.max_segment = cfg.window
         # Layer norms keep torch's ones and zeros: drawn like the linear weights, training stalls.
         # Cells come as they initialise themselves.
+        std = 0.1 / cfg.width**0.5
+        for module in (self.embedding, self.head):
+            for name, parameter in module.named_parameters():
+                if "weight" in name:
+                    nn.init.normal_(parameter, std=std)
         cells = {module for layer in self.layers for module in layer.cell.modules()}
-        for module in self.modules():
-            if module not in cells and isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.1 / cfg.width**0.5)
-                if isinstance(module, nn.Linear):
-                    nn.init.zeros_(module.bias)
+        for module in self.layers.modules():
+            if module not in cells and isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
 
 
 def norm(width):
@@ -210,7 +216,7 @@ PUBLISHED = PublishedWeights(
     layer_prefix="blocks",
     whole_names={
         "encoder.weight": "embedding.weight",
-        "decoder.weight": "embedding.weight",
+        "decoder.weight": "head.weight",
         "decoder.bias": "head.bias",
     },
     layer_names={
@@ -244,6 +250,14 @@ ARCHITECTURES = {
     "sha_lstm_enwik8": {
         "attention_layers": Size([], "paper, no head"),
     },
+    # Not in the paper: of the size of the published base models of WikiText-103, 150M parameters
+    # with its 267,735 words.
+    "sha_rnn_wt103": {
+        "cutoffs": Size([20000, 40000, 200000], "chosen here, as Transformer-XL's"),
+        "div_val": Size(4.0, "chosen here, as in SRU++"),
+        "embedding_width": Size(1024, "chosen here, as in SRU++"),
+        "width": Size(1472, "chosen here, for 150M"),
+    },
     # Learns something on two CPU cores in minutes.
     "sha_rnn_small": {
         "width": Size(256, "for two CPU cores"),
@@ -255,7 +269,10 @@ TINY = Tiny(
     model={"width": 16, "num_layers": 2, "attention_layers": [1], "window": 60},
     training="--optimizer min_trust_lamb --min-trust 0.25 --lr 0.01 --warmup-updates 5 "
     "--clip-norm 0.25",
-    variants={cell: {"cell": cell, "window": 12} for cell in CELLS},
+    variants={
+        **{cell: {"cell": cell, "window": 12} for cell in CELLS},
+        "adaptive": {"window": 12, "cutoffs": [7, 15], "div_val": 2.0, "dropout_embedding": 0.1},
+    },
 )
 
 

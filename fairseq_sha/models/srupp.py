@@ -6,19 +6,25 @@ import re
 from dataclasses import dataclass, field
 
 import torch
-from fairseq.dataclass import FairseqDataclass
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.embeddings import AdaptiveConfig, bands
 from fairseq_sha.models.family import Size, Tiny, register_family
-from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
+from fairseq_sha.models.published_weights import (
+    PublishedWeights,
+    adaptive_names,
+    adaptive_sizes,
+    num_layers,
+    shape_of,
+)
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.ops import attend, causal_bias, dropout, next_memory, sru
 
 
 @dataclass
-class SRUppConfig(FairseqDataclass):
+class SRUppConfig(AdaptiveConfig):
     width: int = field(
         default=3072, metadata={"help": "width D of embedding and layers (default: paper, base)"}
     )
@@ -119,7 +125,7 @@ class SRUppLayer(nn.Module):
 
 
 class SRUppDecoder(SegmentDecoder):
-    """Embedding, layers of which every k-th attends, untied output."""
+    """Embedding, layers of which every k-th attends, output: untied, or both adaptive."""
 
     def __init__(self, cfg, dictionary):
         check(cfg)
@@ -131,14 +137,20 @@ class SRUppDecoder(SegmentDecoder):
             dictionary,
             layers,
             cfg.width,
+            bands=bands(cfg, dictionary),
             tied=False,
             dropout_input=cfg.dropout,
             dropout_output=cfg.dropout,
         )
         bound = math.sqrt(3 / cfg.width)
-        for weight in (self.embedding.weight, self.head.weight):
-            nn.init.uniform_(weight, -bound, bound)
-        nn.init.zeros_(self.head.bias)
+        for module in (self.embedding, self.head):
+            for name, parameter in module.named_parameters():
+                if "projections" in name:
+                    nn.init.xavier_uniform_(parameter)
+                elif "bias" in name:
+                    nn.init.zeros_(parameter)
+                else:  # whatever the width of the band
+                    nn.init.uniform_(parameter, -bound, bound)
         for layer in self.layers:
             for linear in (layer.project, layer.key_value, layer.expand):
                 if linear is not None:
@@ -161,11 +173,13 @@ def check(cfg):
     require_dropouts(cfg, "dropout", "dropatt")
 
 
-def _prepare(weights):
+def _prepare(weights, settings):
     """Bring the published layout into ours: recurrence parameters ``[2 D]`` become ``[2, D]``; the
     rows of the last map, ordered by unit, are ordered by gate. In layers without attention that map
-    is called linear2, in all others linear3; here it is always linear3."""
+    is called linear2, in all others linear3; here it is always linear3. The rows of the first band
+    end with those of the clusters, in reversed order."""
     prepared = {}
+    clusters = sum(bool(re.match(r"output_layer\.out_layers\.[1-9].*\.bias", n)) for n in weights)
     for name, value in weights.items():
         layer, linear = re.match(r"(.*\.transform_module\.)(linear\d)\.weight|", name).groups()
         if linear == "linear2" and f"{layer}alpha" not in weights:
@@ -175,6 +189,10 @@ def _prepare(weights):
         if re.search(r"\.(weight_c|bias)$", name) and "rnn_lst" in name and value.dim() == 1:
             if "layer_norm" not in name and len(value) % 2 == 0:
                 value = value.unflatten(0, (2, -1))
+        if clusters and re.search(r"\.(out_layers|emb_weights)\.0\b", name):
+            value, rows = value.tensor_split([len(value) - clusters])
+            if name.startswith("output_layer."):
+                prepared[f"output_layer.cluster_{name.rpartition('.')[2]}"] = rows.flip(0)
         prepared[name] = value
     return prepared
 
@@ -183,12 +201,14 @@ def _sizes(weights):
     prefix = "rnn.rnn_lst"
     layers = num_layers(weights, prefix)
     attends = [f"{prefix}.{i}.transform_module.alpha" in weights for i in range(layers)]
+    width = shape_of(weights, f"{prefix}.0.transform_module.linear1.weight", 2)[1]
     return {
-        "width": shape_of(weights, "embedding_layer.weight", 2)[1],
+        "width": width,
         "projection": shape_of(weights, f"{prefix}.0.transform_module.linear1.weight", 2)[0],
         "num_layers": layers,
         "attn_every_n_layers": 1 + attends.index(True) if True in attends else layers + 1,
         "layer_norm": f"{prefix}.0.layer_norm.weight" in weights,
+        **adaptive_sizes(weights, width, "all", ADAPTIVE_NAMES),
     }
 
 
@@ -197,10 +217,21 @@ def _constant(name, weights):
     return torch.ones_like(weights[name]) if name.endswith(".scale_x") else None
 
 
+#: Names of embeddings, their projections, the head's layers and theirs, before the band's number.
+ADAPTIVE_NAMES = (
+    "embedding_layer.emb_weights",
+    "embedding_layer.emb_projs",
+    "output_layer.out_layers",
+    "output_layer.out_projs",
+)
+
 #: Weights of the published code, github.com/asappresearch/sru, experiments/srupp_experiments.
 PUBLISHED = PublishedWeights(
     layer_prefix="rnn.rnn_lst",
     whole_names={
+        **adaptive_names(*ADAPTIVE_NAMES),
+        "output_layer.cluster_weight": "head.cluster_weight",
+        "output_layer.cluster_bias": "head.cluster_bias",
         "embedding_layer.weight": "embedding.weight",
         "output_layer.weight": "head.weight",
         "output_layer.bias": "head.bias",
@@ -222,6 +253,21 @@ PUBLISHED = PublishedWeights(
     prepare=_prepare,
 )
 
+WIKITEXT103 = {
+    "cutoffs": Size([19997, 39997, 199997], "published code, WikiText-103"),
+    "div_val": Size(4.0, "published code, WikiText-103"),
+    "embedding_width": Size(1024, "published code, WikiText-103"),
+    "eval_unroll": Size(2560, "paper, WikiText-103"),
+}
+BILLION_WORD = {
+    "cutoffs": Size([59998, 159998], "published code, Billion Word"),
+    "div_val": Size(4.0, "published code, Billion Word"),
+    "embedding_width": Size(1024, "published code, Billion Word"),
+    "tied_projections": Size("none", "published code, Billion Word"),
+    "eval_unroll": Size(96, "published code, Billion Word"),
+    "dropatt": Size(0.0, "published code, Billion Word"),
+}
+
 ARCHITECTURES = {
     # The paper's 108M parameters.
     "srupp_enwik8_base": {},
@@ -231,6 +277,38 @@ ARCHITECTURES = {
         "projection": Size(752, "paper"),
         "dropout": Size(0.32, "paper, large"),
         "dropatt": Size(0.32, "paper, large"),
+    },
+    # The paper's 148M parameters, with the 267,735 words of WikiText-103.
+    "srupp_wt103": {
+        **WIKITEXT103,
+        "dropout": Size(0.15, "published code, WikiText-103"),
+        "dropatt": Size(0.15, "published code, WikiText-103"),
+        "dropout_projection": Size(0.15, "published code, WikiText-103"),
+    },
+    # The paper's 234M. No command for this size was published: the dropout is that of the published
+    # command for width 4096, which makes 232M.
+    "srupp_wt103_large": {
+        **WIKITEXT103,
+        "width": Size(5952, "paper, WikiText-103, large"),
+        "projection": Size(744, "paper, WikiText-103, large"),
+        "dropout": Size(0.2, "published command, width 4096"),
+        "dropatt": Size(0.2, "published command, width 4096"),
+        "dropout_projection": Size(0.2, "published command, width 4096"),
+    },
+    # The paper's 328M, with 793,470 words.
+    "srupp_lm1b": {
+        **BILLION_WORD,
+        "width": Size(4096, "published code, Billion Word"),
+        "projection": Size(1024, "published code, Billion Word"),
+        "dropout": Size(0.05, "published code, Billion Word"),
+    },
+    # The paper's 465M.
+    "srupp_lm1b_large": {
+        **BILLION_WORD,
+        "width": Size(7616, "published code, Billion Word, large"),
+        "projection": Size(1024, "published code, Billion Word"),
+        "attn_every_n_layers": Size(5, "published code, Billion Word, large"),
+        "dropout": Size(0.1, "published code, Billion Word, large"),
     },
 }
 
@@ -247,6 +325,7 @@ TINY = Tiny(
     variants={
         "": {"eval_unroll": 9, "attn_every_n_layers": 1},
         "layer_norm": {"eval_unroll": 9, "layer_norm": True},
+        "adaptive": {"eval_unroll": 9, "cutoffs": [7, 15], "div_val": 2.0, "embedding_width": 8},
     },
 )
 

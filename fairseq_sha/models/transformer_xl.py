@@ -5,13 +5,19 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from fairseq.dataclass import FairseqDataclass
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
 from fairseq_sha.errors import UserError
+from fairseq_sha.models.embeddings import AdaptiveConfig, bands
 from fairseq_sha.models.family import Size, Tiny, register_family
-from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
+from fairseq_sha.models.published_weights import (
+    PublishedWeights,
+    adaptive_names,
+    adaptive_sizes,
+    num_layers,
+    shape_of,
+)
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import attend, causal_relative_bias, dropout, next_memory
@@ -20,7 +26,7 @@ STD = 0.02  # of initial weights
 
 
 @dataclass
-class TransformerXLConfig(FairseqDataclass):
+class TransformerXLConfig(AdaptiveConfig):
     width: int = field(
         default=512,
         metadata={"help": "width H of embedding and layers (default: paper, 12 layers on enwik8)"},
@@ -164,6 +170,7 @@ class TransformerXLDecoder(SegmentDecoder):
             dictionary,
             layers,
             cfg.width,
+            bands=bands(cfg, dictionary),
             embedding_scale=cfg.width**0.5,
             dropout_input=cfg.dropout,
             dropout_output=cfg.dropout,
@@ -174,8 +181,14 @@ class TransformerXLDecoder(SegmentDecoder):
         self.position_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))  # v
         for parameter in (self.content_bias, self.position_bias):
             nn.init.normal_(parameter, std=STD)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+        for module in (self.embedding, self.head):
+            for name, parameter in module.named_parameters():
+                if "bias" in name:
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=0.01 if "projections" in name else STD)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=STD)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.normal_(module.weight, mean=1.0, std=STD)
@@ -224,16 +237,47 @@ def check(cfg):
     require_dropouts(cfg, "dropout", "dropatt")
 
 
+#: Names of embeddings, their projections, the head's layers and theirs, before the band's number.
+ADAPTIVE_NAMES = "word_emb.emb_layers", "word_emb.emb_projs", "crit.out_layers", "crit.out_projs"
+
+
+def _prepare(weights, settings):
+    """Bring an adaptive softmax into our layout: one table a band even if all are equally wide, and
+    the clusters in the order of the bands; the published code has them reversed."""
+    prepared = dict(weights)
+    if "crit.cluster_weight" not in weights:
+        return prepared
+    for name in ("crit.cluster_weight", "crit.cluster_bias"):
+        prepared[name] = weights[name].flip(0)
+    bands = len(weights["crit.cluster_weight"]) + 1
+    tables, _, layers, _ = ADAPTIVE_NAMES
+    for name in (f"{tables}.{{}}.weight", f"{layers}.{{}}.weight", f"{layers}.{{}}.bias"):
+        if name.format(0) not in weights or name.format(1) in weights:
+            continue
+        table = prepared.pop(name.format(0))
+        cutoffs = list(settings.get("cutoffs", []))
+        if len(cutoffs) != bands - 1 or not all(
+            i < j for i, j in zip([0, *cutoffs], [*cutoffs, len(table)])
+        ):
+            raise UserError(
+                f"{name.format(0)!r} holds {bands} bands of {len(table):,} words; give the "
+                f"{bands - 1} numbers of words before each but the first with --set cutoffs=[...]"
+            )
+        for i, band in enumerate(table.tensor_split(cutoffs)):
+            prepared[name.format(i)] = band
+    return prepared
+
+
 def _sizes(weights):
-    tied = "word_emb.emb_layers.0.weight", "crit.out_layers.0.weight"
-    _, width = shape_of(weights, tied[tied[1] in weights and tied[0] not in weights], 2)
     n_head, d_head = shape_of(weights, "r_w_bias", 2)
+    width = shape_of(weights, "layers.0.dec_attn.o_net.weight", 2)[0]
     return {
         "width": width,
         "num_layers": num_layers(weights, "layers"),
         "n_head": n_head,
         "d_head": 0 if n_head * d_head == width else d_head,
         "d_inner": shape_of(weights, "layers.0.pos_ff.CoreNet.0.weight", 2)[0],
+        **adaptive_sizes(weights, width, "tails", ADAPTIVE_NAMES),
     }
 
 
@@ -249,9 +293,9 @@ def _constant(name, weights):
 PUBLISHED = PublishedWeights(
     layer_prefix="layers",
     whole_names={
-        "word_emb.emb_layers.0.weight": "embedding.weight",
-        "crit.out_layers.0.weight": "embedding.weight",
-        "crit.out_layers.0.bias": "head.bias",
+        **adaptive_names(*ADAPTIVE_NAMES),
+        "crit.cluster_weight": "head.cluster_weight",
+        "crit.cluster_bias": "head.cluster_bias",
         "r_w_bias": "content_bias",
         "r_r_bias": "position_bias",
     },
@@ -268,6 +312,7 @@ PUBLISHED = PublishedWeights(
     settings=("n_head", "mem_len", "clamp_len", "same_length"),
     sizes=_sizes,
     constant=_constant,
+    prepare=_prepare,
 )
 
 ARCHITECTURES = {
@@ -291,6 +336,28 @@ ARCHITECTURES = {
         "dropout": Size(0.15, "published script"),
         "dropatt": Size(0.15, "published script"),
     },
+    # The paper's 151M parameters, with the 267,735 words of WikiText-103.
+    "transformer_xl_wt103": {
+        "cutoffs": Size([20000, 40000, 200000], "published script, WikiText-103"),
+        "num_layers": Size(16, "published script, WikiText-103"),
+        "width": Size(410, "published script, WikiText-103"),
+        "n_head": Size(10, "published script, WikiText-103"),
+        "d_inner": Size(2100, "published script, WikiText-103"),
+        "mem_len": Size(150, "published script, WikiText-103, training"),
+    },
+    # The published script makes 285M parameters; the paper says 257M.
+    "transformer_xl_wt103_large": {
+        "cutoffs": Size([20000, 40000, 200000], "published script, WikiText-103"),
+        "div_val": Size(4.0, "published script, WikiText-103, large"),
+        "tied_projections": Size("tails", "published script, WikiText-103"),
+        "num_layers": Size(18, "published script, WikiText-103, large"),
+        "width": Size(1024, "published script, WikiText-103, large"),
+        "n_head": Size(16, "published script, WikiText-103, large"),
+        "d_inner": Size(4096, "published script, WikiText-103, large"),
+        "mem_len": Size(384, "published script, WikiText-103, large, training"),
+        "dropout": Size(0.2, "published script, WikiText-103, large"),
+        "dropatt": Size(0.2, "published script, WikiText-103, large"),
+    },
 }
 
 TINY = Tiny(
@@ -299,6 +366,12 @@ TINY = Tiny(
     variants={
         "": {"mem_len": 9},
         "same_length": {"mem_len": 9, "same_length": True, "d_head": 6},
+        "adaptive": {
+            "mem_len": 9,
+            "cutoffs": [7, 15],
+            "div_val": 4.0,
+            "tied_projections": "tails",
+        },
     },
 )
 

@@ -1,9 +1,14 @@
 """How a model is checked against numbers of the published implementations."""
 
+import re
+
 import torch
 from omegaconf import OmegaConf
 
 from tests.conftest import dictionary_of
+
+#: Our names of the parameters with a row for each symbol of a band or of all, which may be tied.
+TABLE = r"(embedding|head)\.(weight|tail_weights\.\d+)$"
 
 
 def parameters(case):
@@ -20,14 +25,24 @@ def build(family, decoder, case, **fields):
         case (dict): of ``golden_cases``
         **fields: of the config, which no shape shows
     """
-    weights = family.published.prepare(parameters(case))
+    published = family.published
+    weights = published.prepare(parameters(case), fields)
     no_dropout = {name: 0.0 for name in vars(family.config()) if name.startswith("drop")}
-    cfg = family.config(**{**no_dropout, **family.published.sizes(weights), **fields})
-    ours = {family.published.our_name(name): value for name, value in weights.items()}
-    model = decoder(OmegaConf.structured(cfg), dictionary_of(len(ours["embedding.weight"])))
+    cfg = family.config(**{**no_dropout, **published.sizes(weights), **fields})
+    # The reference has as many rows as symbols; with bands, those before </s> have none.
+    named = [(re.match(TABLE, published.our_name(name) or ""), v) for name, v in weights.items()]
+    symbols = sum({match[2]: len(value) for match, value in named if match}.values())
+    missing = dictionary_of(0).eos() if getattr(cfg, "cutoffs", []) else 0
+    model = decoder(OmegaConf.structured(cfg), dictionary_of(symbols + missing))
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    model.load_state_dict({n: v.reshape(shapes[n]) for n, v in ours.items() if n in shapes})
+    model.load_state_dict(published.convert(weights, shapes, model.tied_parameters()))
     return model
+
+
+def our_name(published, tied, name):
+    """Our name of a tensor of the reference; ``tied`` is of ``tied_parameters``."""
+    name = published.our_name(name)
+    return tied.get(name, name)
 
 
 def segments(tokens, lengths):
@@ -47,12 +62,13 @@ def token_losses(logits, targets):
     return losses.view(targets.shape)
 
 
-def check_gradients(model, case, family):
+def check_gradients(model, case, family, **fields):
     """Each gradient within 1e-3 of its largest reference value; the same set of them."""
+    published, tied = family.published, model.tied_parameters()
     expected = {k[len("grad/") :]: v for k, v in case.items() if k.startswith("grad/")}
     expected = {
-        family.published.our_name(name): value
-        for name, value in family.published.prepare(expected).items()
+        our_name(published, tied, name): value
+        for name, value in published.prepare(expected, fields).items()
     }
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert set(expected) == set(gradients)

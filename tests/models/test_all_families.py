@@ -51,8 +51,8 @@ def losses_and_gradients(decoder, segments):
     out = []
     for i, tokens in enumerate(segments):
         torch.manual_seed(7)
-        logits, extra = decoder(tokens, segment=f"train:1:{i}")
-        out.append(logits.square().mean())
+        losses, _ = decoder(tokens, segment=f"train:1:{i}", targets=tokens)
+        out.append(losses.square().mean())
         decoder.zero_grad()
         out[-1].backward()
         out += [parameter.grad.clone() for parameter in decoder.parameters()]

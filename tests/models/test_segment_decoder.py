@@ -251,7 +251,7 @@ def test_losses_are_computed_without_logits_of_the_forward_pass(decoder, monkeyp
     tokens, targets = torch.randint(16, (2, 2, 3))
     expected = decoder.head.losses(decoder.extract_features(tokens)[0], targets)
     monkeypatch.setattr(decoder.head, "logits", None)
-    monkeypatch.setattr(decoder.head, "losses", lambda features, targets: expected)
+    monkeypatch.setattr(decoder.head, "losses", lambda features, targets, training: expected)
     assert decoder(tokens, targets=targets)[0] is expected
 
 
