@@ -65,8 +65,8 @@ ADAM = {"_name": "adam"}
 def published(name):
     """A recipe in its paper: optimiser, schedule, length and learning rate, streams, segment."""
 
-    def schedule(kind, warmup):
-        return {"_name": kind, "warmup_updates": warmup}
+    def schedule(kind, warmup, **more):
+        return {"_name": kind, "warmup_updates": warmup, **more}
 
     def length(rate, updates, **more):
         return {"lr": [rate], "max_update": updates, **more}
@@ -88,7 +88,8 @@ def published(name):
         return ADAGRAD, schedule("fixed", warmup), run, 64, 256 if small else 512
     large = name.endswith("large")
     run = length(4e-4 if large else 3e-4, 400_000, clip_norm=1.0)
-    return RADAM, schedule("cosine", 16_000), run, 64 if large else 32, 1024
+    annealing = schedule("cosine_annealing", 16_000, warmup_skips_zero=True)
+    return RADAM, annealing, run, 64 if large else 32, 1024
 
 
 @pytest.mark.parametrize(
