@@ -70,10 +70,13 @@ def test_rates_of_the_wikitext_103_run_of_srupp(skips_zero):
     assert f"{rate(100_000):.4g} {rate(200_000):.4g}" == "0.0002571 0.0001506"
 
 
-def test_transformer_xl_large_differs_by_less_than_its_cosine_has_fallen_in_warmup():
-    """Its published code sets the cosine itself after warm-up."""
+def test_rates_of_transformer_xl_large():
+    """Its published code sets the cosine itself after warm-up, and the full rate for the first
+    update."""
     updates, warmup = 4_000_000, 16_000
-    rate = schedule([2.5e-4], updates, warmup_updates=warmup, warmup_skips_zero=True)
+    rate = schedule([2.5e-4], updates, warmup_updates=warmup)
+    for n in (1, 2000, warmup - 1):
+        assert rate(n) == pytest.approx(2.5e-4 * n / warmup, rel=1e-9)
     for n in (warmup, 100_000, 2_000_000, 3_900_000):
         published = 2.5e-4 * 0.5 * (1 + math.cos(math.pi * n / updates))
         assert rate(n) == pytest.approx(published, rel=1e-4)
