@@ -65,8 +65,8 @@ ADAM = {"_name": "adam"}
 def published(name):
     """A recipe in its paper: optimiser, schedule, length and learning rate, streams, segment."""
 
-    def schedule(kind, warmup):
-        return {"_name": kind, "warmup_updates": warmup}
+    def schedule(kind, warmup, **more):
+        return {"_name": kind, "warmup_updates": warmup, **more}
 
     def length(rate, updates, **more):
         return {"lr": [rate], "max_update": updates, **more}
@@ -76,6 +76,12 @@ def published(name):
         rates = [2e-3] * (halved - 1) + [1e-3] * (epochs - halved + 1)
         run = {"lr": rates, "clip_norm": 0.25, "max_epoch": epochs}
         return LAMB, schedule("fixed", 800), run, 8 if name.endswith("full") else 16, 1024
+    if name == "transformer_xl_wt103":
+        run = length(2.5e-4, 200_000, clip_norm=0.25)
+        return ADAM, schedule("cosine", 0), run, 60, 150
+    if name == "transformer_xl_wt103_large":
+        run = length(2.5e-4, 4_000_000, clip_norm=0.25)
+        return ADAM, schedule("cosine_annealing", 16_000), run, 128, 384
     if name.startswith("transformer_xl"):
         run = length(2.5e-4, 400_000, clip_norm=0.25)
         layers = name[-3:]
@@ -87,12 +93,29 @@ def published(name):
         warmup = 8000 if small else 32_000
         return ADAGRAD, schedule("fixed", warmup), run, 64, 256 if small else 512
     large = name.endswith("large")
+    if "lm1b" in name:
+        annealing = schedule("cosine_annealing", 16_000, warmup_skips_zero=True)
+        run = length(2e-4, 800_000, clip_norm=1.0)
+        return RADAM, annealing, run, 1536 if large else 1024, 64
+    if "wt103" in name:
+        annealing = schedule("cosine_annealing", 16_000)
+        run = length(3e-4, 400_000, clip_norm=1.0)
+        return RADAM, annealing, run, 64, 1024 if large else 768
     run = length(4e-4 if large else 3e-4, 400_000, clip_norm=1.0)
-    return RADAM, schedule("cosine", 16_000), run, 64 if large else 32, 1024
+    annealing = schedule("cosine_annealing", 16_000, warmup_skips_zero=True)
+    return RADAM, annealing, run, 64 if large else 32, 1024
+
+
+#: Folders of recipes, and their data.
+OF_PAPERS = {
+    "enwik8": "data-bin/enwik8",
+    "lm1b": "data-bin/lm1b",
+    "wikitext103": "data-bin/wikitext-103",
+}
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.parent.name == "enwik8"], ids=lambda path: path.stem
+    "path", [path for path in CONFIGS if path.parent.name in OF_PAPERS], ids=lambda path: path.stem
 )
 def test_published_recipe(path):
     recipe = OmegaConf.to_container(OmegaConf.load(str(path)))
@@ -103,8 +126,13 @@ def test_published_recipe(path):
     assert recipe["dataset"]["batch_size"] == streams
     assert recipe["task"]["tokens_per_sample"] == tokens
     assert recipe["model"] == {"_name": path.stem} or "18l" in path.stem
-    auxiliary = "_with_auxiliary_losses" * path.stem.startswith("adaptive_span")
-    assert recipe["criterion"] == {"_name": "cross_entropy" + auxiliary}
+    words = path.parent.name != "enwik8"
+    own_losses = words or path.stem.startswith("adaptive_span")
+    assert recipe["criterion"] == {"_name": "cross_entropy" + "_with_auxiliary_losses" * own_losses}
+    task = recipe["task"]
+    assert task["data"] == OF_PAPERS[path.parent.name]
+    assert task["_name"] == ("segment" if words else "byte") + "_language_modeling"
+    assert task.get("codec") == ("words" if words else None)
     assert recipe["distributed_training"] == {"distributed_world_size": 1}
 
 

@@ -1,1 +1,6 @@
-from fairseq_sha.optim import clipped_adagrad, min_trust_lamb, radam  # noqa: F401
+from fairseq_sha.optim import (  # noqa: F401
+    clipped_adagrad,
+    cosine_annealing,
+    min_trust_lamb,
+    radam,
+)
