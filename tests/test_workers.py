@@ -24,7 +24,7 @@ def data(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data"))
 
 
-def start_workers(data, options, number=2):
+def start_workers(data, options, number=2, **kwargs):
     """One process each, as without a GPU; see the README."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,14 +33,14 @@ def start_workers(data, options, number=2):
         --distributed-backend gloo --distributed-no-spawn --ddp-backend legacy_ddp
         --load-checkpoint-on-all-dp-ranks"""
     return [
-        start("fairseq-train", data, f"{shared} --distributed-rank {rank}")
+        start("fairseq-train", data, f"{shared} --distributed-rank {rank}", **kwargs)
         for rank in range(number)
     ]
 
 
-def train_with_workers(data, options, number=2):
+def train_with_workers(data, options, number=2, **kwargs):
     """What the first of the workers printed."""
-    done = [worker.wait(120) for worker in start_workers(data, options, number)]
+    done = [worker.wait(120) for worker in start_workers(data, options, number, **kwargs)]
     for worker in done:
         assert worker.returncode == 0, worker.stdout
     return done[0].stdout
