@@ -13,7 +13,6 @@ fairseq's.
 
 import argparse
 import contextlib
-import itertools
 import os
 import secrets
 import shutil
@@ -251,10 +250,7 @@ def sorted_symbols(counts, all_bytes):
 def padded(symbols):
     """``symbols``, padded with unused ones to a dictionary whose size is a multiple of 8."""
     missing = -(SPECIALS + len(symbols)) % MULTIPLE
-    taken = {symbol for symbol, _ in symbols if symbol.startswith("madeupword")}
-    names = (f"madeupword{i:04d}" for i in itertools.count())
-    unused = itertools.islice((name for name in names if name not in taken), missing)
-    return symbols + [(name, 0) for name in unused]
+    return symbols + [(f"madeupword{i:04d}", 0) for i in range(missing)]
 
 
 def token_of_byte(symbols):

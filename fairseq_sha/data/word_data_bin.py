@@ -99,20 +99,23 @@ def convert(
     with data_bin.new_folder(dest) as folder:
         numbers, lines = number_words(sources["train"], folder / "train.bin")
         counts = count_numbers(folder / "train.bin", len(numbers))
-        words = list(numbers)[2:]
-        counted = dict(zip(words, counts[2:].tolist()))
-        types = len(words) + (counts[1] > 0)
+        types = len(numbers) - 2 + int(counts[1] > 0)
         if vocabulary is None:
-            symbols = chosen(counted, order, min_count, max_size)
+            symbols, times = chosen(numbers, counts, order, min_count, max_size)
         else:
-            symbols = [(word, counted.get(word, 0)) for word in dict.fromkeys(vocabulary)]
-        data_bin.write_dictionary(symbols, folder / "dict.txt")
+            symbols = list(dict.fromkeys(vocabulary))
+            times = [int(counts[numbers[s]]) if s in numbers else 0 for s in symbols]
+        index = dict(zip(symbols, itertools.count(SPECIALS)))
+        if vocabulary is None and order == "fairseq":
+            pad(index, times)
+        with open(folder / "dict.txt", "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(map("{} {}\n".format, index, times))
 
-        index = {word: token for token, (word, _) in enumerate(symbols, start=SPECIALS)}
-        size = SPECIALS + len(symbols)
+        size = SPECIALS + len(index)
         dtype = np.dtype(np.uint16 if size < UINT16_BELOW else np.uint32)
-        table = np.array([EOS, UNK] + [index.get(word, UNK) for word in words], np.int32)
-        del numbers, words, counted, symbols
+        table = np.fromiter(map(index.get, numbers, itertools.repeat(UNK)), np.int32, len(numbers))
+        table[0] = EOS
+        del numbers, symbols, times
         splits = {"train": finish(folder, "train", lines, dtype, table)}
         allowed = unknown == "always" or (unknown == "learned" and splits["train"].unknown > 0)
         index[EOS_WORD] = EOS
@@ -132,6 +135,18 @@ def convert(
     print(f"dictionary: {size:,} symbols; train has {types:,} different words")
     print(f"data-bin folder: {dest}")
     return summary
+
+
+def add_order(parser):
+    """Add the option ``--order`` of :func:`convert` to an argparse parser."""
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        default=ORDERS[0],
+        help="of the words in the dictionary, most frequent first: ties in order of first "
+        "appearance, as in the published code of Transformer-XL and SRU++ (reference, the "
+        "default), or in alphabetical order and padded, as fairseq-preprocess does (fairseq)",
+    )
 
 
 class Source:
@@ -330,18 +345,38 @@ def arrays(file):
         yield np.frombuffer(data, np.int32)
 
 
-def chosen(counted, order, min_count, max_size):
-    """The (symbol, count) pairs of a dictionary, in its order and without the special ones.
+def chosen(numbers, counts, order, min_count, max_size):
+    """The words of a dictionary in its order, without special symbols, and their counts: two lists.
 
     Args:
-        counted (dict of str to int): the count of each word, in order of first appearance
+        numbers (dict of str to int): the number of each word, in order of first appearance
+        counts (ndarray): how often each number occurs
         order, min_count, max_size: see :func:`convert`
     """
-    words = counted.items() if order == "reference" else sorted(counted.items())
-    symbols = sorted(words, key=lambda pair: -pair[1])
-    symbols = symbols[: None if max_size is None else max(0, max_size - SPECIALS)]
-    symbols = [pair for pair in symbols if pair[1] >= min_count]
-    return data_bin.padded(symbols) if order == "fairseq" else symbols
+    words = list(numbers)
+    ids = np.arange(2, len(words))
+    if order == "fairseq":
+        ids = np.fromiter(map(numbers.__getitem__, sorted(words[2:])), np.int64, len(ids))
+    ids = ids[np.argsort(-counts[ids], kind="stable")]
+    ids = ids[: None if max_size is None else max(0, max_size - SPECIALS)]
+    ids = ids[counts[ids] >= min_count]
+    return [words[i] for i in ids.tolist()], counts[ids].tolist()
+
+
+def pad(index, counts):
+    """Add unused words to a dictionary until its size is a multiple of 8, as fairseq does.
+
+    Args:
+        index (dict of str to int): the token of each word
+        counts (list of int): how often each occurs
+    """
+    for i in itertools.count():
+        if (SPECIALS + len(index)) % data_bin.MULTIPLE == 0:
+            return
+        word = f"madeupword{i:04d}"
+        if word not in index:  # a text may hold it
+            index[word] = SPECIALS + len(index)
+            counts.append(0)
 
 
 def finish(folder, name, lines, dtype, table):
