@@ -168,7 +168,7 @@ class Source:
         line."""
         position = 1
         for data in self._whole_words():
-            block = Block(self, data, position)
+            block = Block(self.name, data, position)
             words = block.text.replace("\n", f" {EOS_WORD} ").split()
             position += block.lines
             yield words, block
@@ -210,10 +210,10 @@ def read(stream, name):
 
 
 class Block:
-    """A decoded piece of a split.
+    """A decoded piece of a text.
 
     Args:
-        source (Source): where it comes from
+        name (str): what messages call the text
         data (bytes): ends after a word
         position (int): the number of its first line
 
@@ -221,14 +221,14 @@ class Block:
         UserError: it is not UTF-8, or a carriage return stands alone in it
     """
 
-    def __init__(self, source, data, position):
-        self.source, self.position = source, position
+    def __init__(self, name, data, position):
+        self.name, self.position = name, position
         try:
             self.text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             line = position + data.count(b"\n", 0, error.start)
             raise UserError(
-                f"line {line:,} of {source.name} is not UTF-8 (byte {data[error.start]}); convert "
+                f"line {line:,} of {name} is not UTF-8 (byte {data[error.start]}); convert "
                 "it, for example with iconv"
             ) from None
         self.lines = self.text.count("\n")
@@ -244,7 +244,7 @@ class Block:
 
     def error(self, lines, problem):
         """A UserError about the line that comes ``lines`` after the first one of the block."""
-        return UserError(f"line {self.position + lines:,} of {self.source.name} {problem}")
+        return UserError(f"line {self.position + lines:,} of {self.name} {problem}")
 
     def reserved(self):
         """The error for a word that no text may hold, where the block has one; None if not."""
