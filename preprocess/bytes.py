@@ -28,6 +28,14 @@ def main(argv=None):
 def parse(argv):
     parser = data_bin.argument_parser(__doc__)
     parser.add_argument("--input", required=True, help="file of any bytes")
+    add_sizes(parser)
+    args = parser.parse_args(argv)
+    check_sizes(parser, args)
+    return args
+
+
+def add_sizes(parser):
+    """Add the options for the sizes of valid and test."""
     for split in ("valid", "test"):
         parser.add_argument(
             f"--{split}-percent",
@@ -38,14 +46,16 @@ def parse(argv):
         parser.add_argument(
             f"--{split}-bytes", type=number, metavar="N", help=f"size of {split} in bytes"
         )
-    args = parser.parse_args(argv)
+
+
+def check_sizes(parser, args):
+    """Exit with the parser's message if these options do not go together."""
     in_bytes = [args.valid_bytes is not None, args.test_bytes is not None]
     in_percent = [args.valid_percent is not None, args.test_percent is not None]
     if any(in_bytes) and any(in_percent):
         parser.error("give the sizes of valid and test both in bytes or both in percent")
     if any(in_bytes) and not all(in_bytes):
         parser.error("--valid-bytes and --test-bytes need each other")
-    return args
 
 
 def held_out(args, size):

@@ -43,7 +43,7 @@ MULTIPLE = 8
 # fairseq's MMapIndexedDataset.Index: magic, version, code of the dtype, number of items.
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
-UINT16_CODE = 8
+DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
 LONGEST_ITEM = np.iinfo(np.int32).max
 
 
@@ -85,19 +85,20 @@ def _stop(number, _frame):
     sys.exit(128 + number)
 
 
-def argument_parser(description):
-    """The options that all scripts share."""
+def argument_parser(description, all_bytes=True):
+    """The options that all scripts share, and with ``all_bytes`` that for a dictionary of bytes."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--dest", required=True, help="data-bin folder to make; an existing one must be empty"
     )
-    parser.add_argument(
-        "--all-bytes",
-        action="store_true",
-        help="put all 256 bytes into the dictionary, not only those that occur in train",
-    )
+    if all_bytes:
+        parser.add_argument(
+            "--all-bytes",
+            action="store_true",
+            help="put all 256 bytes into the dictionary, not only those that occur in train",
+        )
     return parser
 
 
@@ -156,7 +157,11 @@ def convert(stream, name, dest, valid, test, all_bytes=False):
     UserError: a split is smaller than 2 bytes, valid or test has a byte that is not in the
     dictionary, or reading or writing fails.
     """
-    splits = cut(stream, name, valid, test)
+    convert_splits(cut(stream, name, valid, test), dest, all_bytes)
+
+
+def convert_splits(splits, dest, all_bytes=False):
+    """``convert`` for splits that may come from different streams: Splits, train first."""
     with new_folder(dest) as folder:  # first, so that a dest that cannot be written costs no work
         counts = [split.counts() for split in splits]
         symbols = padded(sorted_symbols(counts[0], all_bytes))
@@ -302,14 +307,17 @@ def unseen(split, chunk, index, position):
 
 
 @contextlib.contextmanager
-def index_writer(path, items):
+def index_writer(path, items, dtype=np.uint16):
     """Write the index of ``items`` items: header, all their sizes (int32), all offsets (int64).
+
+    dtype: of the tokens in the .bin file, uint16 or uint32
 
     Yields a function that adds the items between successive ``edges`` (in tokens, int64 [n + 1]).
     Sizes and offsets are two arrays, one after the other in the file; each is written through its
     own handle.
     """
-    header = INDEX_MAGIC + struct.pack("<QBQ", INDEX_VERSION, UINT16_CODE, items)
+    dtype = np.dtype(dtype)
+    header = INDEX_MAGIC + struct.pack("<QBQ", INDEX_VERSION, DTYPE_CODES[dtype], items)
     offsets_begin = len(header) + items * np.dtype(np.int32).itemsize
     with open(path, "wb") as sizes_file, open(path, "r+b") as offsets_file:
         sizes_file.write(header)
@@ -318,9 +326,9 @@ def index_writer(path, items):
         def add_items(edges):
             sizes = np.diff(edges)
             if sizes.size and sizes.max() > LONGEST_ITEM:
-                raise UserError(f"a line is longer than the {LONGEST_ITEM:,} bytes of an index")
+                raise UserError(f"a line is longer than the {LONGEST_ITEM:,} tokens of an index")
             sizes_file.write(sizes.astype(np.int32))
-            offsets_file.write(edges[:-1].astype(np.int64) * np.dtype(np.uint16).itemsize)
+            offsets_file.write(edges[:-1].astype(np.int64) * dtype.itemsize)
 
         yield add_items
         if sizes_file.tell() != offsets_begin:

@@ -199,7 +199,7 @@ def test_broken_download_goes_on(runner, server):
 
 def test_server_that_stalls(runner, server):
     server.mode = "stalls"
-    code = "import enwik8; enwik8.TIMEOUT = 0.5\n" + CODE
+    code = "from fairseq_sha.data import downloads; downloads.TIMEOUT = 0.5\n" + CODE
     done = runner.code(code, "--dest", "out", "--url", server.url, env={"no_proxy": "*"})
     assert done.returncode == 1
     assert "timed out; run again" in done.stderr.splitlines()[-1]
@@ -295,10 +295,11 @@ def test_download_goes_beside_dest(runner, server):
 def test_download_cannot_be_written_halfway(runner, server):
     """What is wrong is the disk, not the network."""
     code = (
-        "import enwik8, errno, io\n"
+        "import errno, io\n"
+        "from fairseq_sha.data import downloads\n"
         "class Full(io.BytesIO):\n"
         "    def write(self, data): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "enwik8.open_part = lambda part, mode: Full()\n"
+        "downloads.open_part = lambda part, mode: Full()\n"
     )
     done = runner.code(code + CODE, "--dest", "out", "--url", server.url, env={"no_proxy": "*"})
     assert done.returncode == 1
