@@ -27,6 +27,12 @@ def main(argv=None):
 
 def parse(argv):
     parser = data_bin.argument_parser(__doc__)
+    add_arguments(parser)
+    return checked(parser, parser.parse_args(argv))
+
+
+def add_arguments(parser):
+    """The input and the sizes of its splits."""
     parser.add_argument("--input", required=True, help="file of any bytes")
     for split in ("valid", "test"):
         parser.add_argument(
@@ -38,7 +44,10 @@ def parse(argv):
         parser.add_argument(
             f"--{split}-bytes", type=number, metavar="N", help=f"size of {split} in bytes"
         )
-    args = parser.parse_args(argv)
+
+
+def checked(parser, args):
+    """The parsed arguments, unless sizes contradict each other."""
     in_bytes = [args.valid_bytes is not None, args.test_bytes is not None]
     in_percent = [args.valid_percent is not None, args.test_percent is not None]
     if any(in_bytes) and any(in_percent):

@@ -85,19 +85,20 @@ def _stop(number, _frame):
     sys.exit(128 + number)
 
 
-def argument_parser(description):
-    """The options that all scripts share."""
+def argument_parser(description, all_bytes=True):
+    """The options that all scripts share; those for bytes have ``--all-bytes``."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--dest", required=True, help="data-bin folder to make; an existing one must be empty"
     )
-    parser.add_argument(
-        "--all-bytes",
-        action="store_true",
-        help="put all 256 bytes into the dictionary, not only those that occur in train",
-    )
+    if all_bytes:
+        parser.add_argument(
+            "--all-bytes",
+            action="store_true",
+            help="put all 256 bytes into the dictionary, not only those that occur in train",
+        )
     return parser
 
 
