@@ -1,5 +1,5 @@
-"""Lossless compression: a trained model predicts bytes, and a range coder stores what it did not
-expect."""
+"""Lossless compression: a trained model predicts bytes or pieces, and a range coder stores what it
+did not expect."""
 
 import hashlib
 import logging
@@ -42,10 +42,11 @@ def compress(model, data, streams=None, threads=1, progress=False):
         bytes
 
     Raises:
-        UserError: impossible numbers of streams or threads; a model of anything but bytes
+        UserError: impossible numbers of streams or threads; a model whose codec is not
+            lossless
     """
     check_numbers(streams, threads)
-    byte_values(model)
+    check_codec(model)
     if streams is None:
         streams = min(MOST_STREAMS, -(-len(data) // BYTES_PER_STREAM))
     coder = _constriction().stream.queue.RangeEncoder()
@@ -56,7 +57,12 @@ def compress(model, data, streams=None, threads=1, progress=False):
 
     build = identity_of_build(model)
     header = HEADER.pack(model.identity, build, len(data), zlib.crc32(data), streams, threads)
-    _code(model, np.frombuffer(data, np.uint8).copy(), streams, threads, encode, progress)
+    alphabet = _Alphabet(model.task.codec)
+    length = stream_length(len(data), streams)
+    parts = [data[i * length : (i + 1) * length] for i in range(streams)]
+    symbols = [alphabet.symbols(part) for part in parts]
+    sizes = [len(part) for part in parts]
+    _code(model, alphabet, symbols, sizes, threads, encode, progress)
     packed = MAGIC + header + coder.get_compressed().astype("<u4").tobytes()
     return packed + CHECKSUM.pack(zlib.crc32(packed))
 
@@ -68,19 +74,38 @@ def check_numbers(streams, threads):
             raise UserError(f"--{option} {value}: must be from 1 to {most}")
 
 
-def byte_values(model):
-    """The byte that each token id of a model stands for, or None: a list.
-
-    Raises:
-        UserError: its tokens are not bytes, or do not bring back every byte
-    """
+def check_codec(model):
+    """Raise a UserError if the tokens of a model do not bring back every byte."""
     codec = model.task.codec
-    if not codec.lossless or codec.bytes_per_token().max() > 1:
+    if not codec.lossless:
         raise UserError(
             f"the model's codec is {codec.name}, which does not restore every byte; compress with "
-            "a model that was trained with --codec bytes"
+            "a model that was trained with --codec bytes or pieces"
         )
-    return [(codec.decode([token]) or [None])[0] for token in range(len(codec.dictionary))]
+
+
+class _Alphabet:
+    """The symbols of the coder: first the tokens of a codec that stand for text, and then the bytes
+    that no token stands for (``missing``), which only a codec of single bytes can have."""
+
+    def __init__(self, codec):
+        texts = codec.texts()
+        self.codec = codec
+        self.ids = np.array([token for token, text in enumerate(texts) if text])
+        self.missing = np.setdiff1d(np.arange(256), [text[0] for text in texts if len(text) == 1])
+        self.texts = [texts[token] for token in self.ids] + [bytes([b]) for b in self.missing]
+        #: The token that the model reads for each symbol.
+        self.tokens = np.append(self.ids, np.full_like(self.missing, codec.dictionary.unk()))
+
+    def symbols(self, data):
+        """A text as symbols: int64 array."""
+        if max(map(len, self.texts)) == 1:
+            symbol_of = np.empty(256, np.int64)
+            symbol_of[[text[0] for text in self.texts]] = np.arange(len(self.texts))
+            return symbol_of[np.frombuffer(data, np.uint8)]
+        symbol_of = np.empty(len(self.codec.dictionary), np.int64)
+        symbol_of[self.ids] = np.arange(len(self.ids))
+        return symbol_of[self.codec.encode(data).numpy()]
 
 
 def read_header(model, packed):
@@ -105,10 +130,10 @@ def decompress(model, packed, progress=False):
     """The bytes that :func:`compress` packed. Arguments as there.
 
     Raises:
-        UserError: as :func:`read_header`; a model of anything but bytes; the model computes other
-            last digits than when the bytes were packed
+        UserError: as :func:`read_header`; a model whose codec is not lossless; the model computes
+            other last digits than when the bytes were packed
     """
-    byte_values(model)
+    check_codec(model)
     _, build, size, checksum, streams, threads = read_header(model, packed)
     if build != identity_of_build(model):
         logger.warning("compressed with another installation or device: it may not be decodable")
@@ -120,73 +145,84 @@ def decompress(model, packed, progress=False):
     def decode(placeholders, family, *parameters):
         return coder.decode(family, *(parameters or [len(placeholders)]))
 
-    data = np.zeros(size, np.uint8)
+    length = stream_length(size, streams)
+    sizes = [min(length, max(0, size - i * length)) for i in range(streams)]
+    alphabet = _Alphabet(model.task.codec)
     try:
-        _code(model, data, streams, threads, decode, progress)
+        data = b"".join(_code(model, alphabet, None, sizes, threads, decode, progress))
     except AssertionError:  # how constriction refuses what no coder wrote
-        data = np.zeros(0, np.uint8)
-    if zlib.crc32(data.tobytes()) != checksum:
+        data = b""
+    if zlib.crc32(data) != checksum or len(data) != size:
         raise UserError(
             "cannot be decoded: the model computes other last digits here; use the machine and "
             "installation that compressed it, and the same choice of --cpu"
         )
-    return data.tobytes()
+    return data
 
 
-def _code(model, data, streams, threads, code_symbols, progress):
-    """Go through all streams side by side, one byte of each at a time. Packing and unpacking must
+def stream_length(size, streams):
+    """Bytes of each stream but the last ones, which may be shorter or empty."""
+    return -(-size // streams) if streams else 0
+
+
+def _code(model, alphabet, parts, sizes, threads, code_symbols, progress):
+    """Go through all streams side by side, one token of each at a time. Packing and unpacking must
     compute the same to the last digit, so both are done here.
 
     Args:
-        model (~fairseq_sha.trained_model.TrainedModel): what predicts the bytes
-        data (ndarray): uint8, ``[size]``; unpacking fills it
-        streams, threads (int): see :func:`compress`
+        model (~fairseq_sha.trained_model.TrainedModel): what predicts the tokens
+        alphabet (_Alphabet): the symbols
+        parts (list of ndarray): the symbols of each stream; None to unpack
+        sizes (list of int): bytes of each stream
+        threads (int): see :func:`compress`
         code_symbols (callable): takes an int32 array of symbols and their distribution, as one
             argument or two, codes them, and returns them. Unpacking takes only the number of
             symbols from the array, and returns those that were packed
         progress (bool): whether to show a progress bar on standard error
+
+    Returns:
+        the text of each stream: a list of bytearray
     """
     families = _constriction().stream.model
     categorical = families.Categorical(perfect=False)
-    codec, values = model.task.codec, byte_values(model)
-    ids = np.array([i for i, value in enumerate(values) if value is not None])
-    known = np.array([values[i] for i in ids])
-    missing = np.setdiff1d(np.arange(256), known)
-    # Symbols of the coder: the bytes that the model knows, and one escape symbol for all others.
-    symbol_of = np.full(256, len(known))
-    symbol_of[known] = np.arange(len(known))
-    token_of = np.full(256, codec.dictionary.unk())
-    token_of[known] = ids
-
-    length = -(-len(data) // streams) if streams else 0
-    lengths = np.clip(len(data) - length * np.arange(streams), 0, length)
-    offsets = length * np.arange(streams)
-    tokens, state = torch.full((1, streams), codec.start), None
-    coded = escaped_before = 0
+    ids, missing, known = alphabet.ids, alphabet.missing, len(alphabet.ids)
+    texts = [bytearray() for _ in sizes]
+    tokens, state = torch.full((1, len(sizes)), model.task.codec.start), None
+    step = coded = escaped_before = 0
     with use_threads(threads), tqdm(
-        total=len(data), unit="B", unit_scale=True, disable=not progress
+        total=sum(sizes), unit="B", unit_scale=True, disable=not progress
     ) as bar:
-        for step in range(length):
+        while True:
+            active = [i for i, text in enumerate(texts) if len(text) < sizes[i]]
+            if not active:
+                return texts
             logits, state = model.read(tokens, state)
-            active = int((lengths > step).sum())  # shorter ones come last
-            at = offsets[:active] + step
-            rows = logits[0, :active].cpu()[:, ids].double().softmax(-1)
+            rows = logits[0, active].cpu()[:, ids].double().softmax(-1)
             if len(missing):
                 share = (escaped_before + 1 / 256) / (coded + 1)
-                rows = torch.cat([rows * (1 - share), rows.new_full((active, 1), share)], dim=1)
-            symbols = symbol_of[data[at]].astype(np.int32)
-            symbols = code_symbols(symbols, categorical, rows.float().numpy())
-            coded_bytes = known[np.minimum(symbols, len(known) - 1)]
-            escaped = np.flatnonzero(symbols == len(known))
+                rows = torch.cat(
+                    [rows * (1 - share), rows.new_full((len(active), 1), share)], dim=1
+                )
+            wanted = np.zeros(len(active), np.int32)
+            if parts is not None:
+                wanted[:] = [parts[stream][step] for stream in active]
+            symbols = np.minimum(wanted, known).astype(np.int32)
+            symbols = code_symbols(symbols, categorical, rows.float().numpy()).copy()
+            escaped = np.flatnonzero(symbols == known)
             if len(escaped):
-                which = np.searchsorted(missing, data[at[escaped]]).astype(np.int32)
+                which = np.maximum(wanted[escaped] - known, 0)
                 if len(missing) > 1:
                     which = code_symbols(which, families.Uniform(len(missing)))
-                coded_bytes[escaped] = missing[which]
-            data[at] = coded_bytes
-            tokens[0, :active] = torch.from_numpy(token_of[coded_bytes])
-            coded, escaped_before = coded + active, escaped_before + len(escaped)
-            bar.update(active)
+                symbols[escaped] = known + which
+            tokens[0, active] = torch.from_numpy(alphabet.tokens[symbols])
+            for stream, symbol in zip(active, symbols.tolist()):
+                texts[stream] += alphabet.texts[symbol]
+                bar.update(len(alphabet.texts[symbol]))
+            step, coded, escaped_before = (
+                step + 1,
+                coded + len(active),
+                escaped_before + len(escaped),
+            )
 
 
 def identity_of_build(model):

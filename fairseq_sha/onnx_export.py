@@ -157,7 +157,7 @@ def metadata(codec):
 
 def symbol_bytes(codec, token):
     """The bytes that a token stands for in the middle of a text."""
-    if not codec.counts_words:
+    if codec.lossless:
         return codec.decode([token])
     if token == codec.dictionary.eos():
         return b"\n"

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_sha
 from fairseq_sha import compatibility
-from fairseq_sha.data.codecs import CODECS
+from fairseq_sha.data.codecs import codec_from_state
 from fairseq_sha.errors import UserError
 from fairseq_sha.evaluation.evaluate import evaluate
 from fairseq_sha.evaluation.policies import Carried
@@ -73,8 +73,6 @@ class TrainedModel(GeneratorHubInterface):
                 cfg.model.collapse = True
             _override(cfg, overrides or {})
         saved = state.get("task_state") or {}
-        if saved.get("codec", "bytes") not in CODECS:
-            raise UserError(f"{path}: its codec {saved['codec']!r} is unknown; update fairseq_sha")
         if cfg.model._name not in MODEL_REGISTRY:
             raise UserError(
                 f"{path}: --arch {cfg.model._name} is not registered; name the plug-in that has it "
@@ -82,7 +80,7 @@ class TrainedModel(GeneratorHubInterface):
             )
         try:
             if saved.get("symbols") and data is None:
-                codec = CODECS[saved.get("codec", "bytes")].from_symbols(saved["symbols"])
+                codec = codec_from_state(saved)
                 task = tasks.get_task(cfg.task._name)(cfg.task, codec, from_checkpoint=True)
             else:
                 task = tasks.setup_task(cfg.task)

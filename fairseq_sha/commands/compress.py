@@ -41,7 +41,7 @@ def run(args):
     if not ready:
         return 1
     model = load_model(args)
-    compression.byte_values(model)
+    compression.check_codec(model)
 
     def compress(path):
         check_new([packed_path(path)])

@@ -29,7 +29,7 @@ def run(args):
     if not ready:
         return 1
     model = load_model(args)
-    compression.byte_values(model)
+    compression.check_codec(model)
 
     def decompress(path):
         check_new([path.with_suffix("")])

@@ -5,15 +5,54 @@ codec. A checkpoint names its codec and lists its symbols, so that it needs no o
 """
 
 import abc
+import functools
+import json
 import os
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from fairseq.data import Dictionary
 
+from fairseq_sha.data import pieces
 from fairseq_sha.data.byte_dictionary import ByteDictionary, load_dictionary
 from fairseq_sha.errors import UserError
+
+
+class Words(NamedTuple):
+    """Where words begin: a word is a run of bytes that are not white space, or the end of a line.
+    White space is ASCII's, and the newline is both white space and the end of a line.
+
+    Counted by tokens this is exact, whatever they are, since whether a word begins in a token
+    depends on the token's bytes and on the last byte before it. A text whose first token is not
+    predicted has the words that begin in the tokens that are.
+    """
+
+    inside: np.ndarray  # [V], int64: words that begin after the first byte, and ends of lines
+    first: np.ndarray  # [V], bool: the first byte is not white space
+    space: np.ndarray  # [V], bool: the last byte is white space
+
+    @classmethod
+    def of(cls, texts):
+        """For tokens that stand for these texts, a list of bytes ``[V]``."""
+        return cls(
+            np.array([len(re.findall(rb"(?<=\s)\S|\n", text)) for text in texts], np.int64),
+            np.array([bool(text) and not text[:1].isspace() for text in texts], bool),
+            np.array([text[-1:].isspace() for text in texts], bool),
+        )
+
+    def begun(self, tokens, before):
+        """How many words begin in each token.
+
+        Args:
+            tokens (ndarray): token ids, of any shape
+            before (ndarray): the token before each of them
+
+        Returns:
+            int64 array of that shape
+        """
+        return self.inside[tokens] + (self.first[tokens] & self.space[before])
 
 
 class Codec(abc.ABC):
@@ -27,8 +66,8 @@ class Codec(abc.ABC):
     name = None
     #: Whether ``decode(encode(text))`` is ``text`` for every text that can be encoded.
     lossless = False
-    #: Whether :meth:`is_word` says which tokens are words.
-    counts_words = False
+    #: Whether training and validation log perplexity per word.
+    logs_words = False
     dictionary_type = Dictionary
 
     def __init__(self, dictionary):
@@ -45,19 +84,38 @@ class Codec(abc.ABC):
         """
         return cls(load_dictionary(cls.dictionary_type.load, os.path.join(folder, "dict.txt")))
 
+    def state(self):
+        """What a checkpoint keeps of the codec, for :meth:`from_state`: a dict of what torch loads
+        safely. ``codec`` is the name, ``symbols`` the list of all symbols, special ones included.
+        """
+        return {"codec": self.name, "symbols": self.dictionary.symbols}
+
     @classmethod
-    def from_symbols(cls, symbols):
-        """The codec of a checkpoint, from the list of all symbols, special ones included.
+    def from_state(cls, state):
+        """The codec of a checkpoint, from its :meth:`state`.
 
         Raises:
             UserError: no dictionary of fairseq has these symbols in this order
+        """
+        return cls.from_symbols(state["symbols"])
+
+    @classmethod
+    def from_symbols(cls, symbols, **kwargs):
+        """A codec from the list of all symbols, special ones included.
+
+        Args:
+            symbols (list of str): as above
+            **kwargs: further arguments of the class
+
+        Raises:
+            UserError: as :meth:`from_state`
         """
         dictionary = cls.dictionary_type()
         for symbol in symbols[dictionary.nspecial :]:
             dictionary.add_symbol(symbol)
         if dictionary.symbols != list(symbols):
             raise UserError("the checkpoint's symbols are not a dictionary's; name another one")
-        return cls(dictionary)
+        return cls(dictionary, **kwargs)
 
     @abc.abstractmethod
     def encode(self, data):
@@ -68,12 +126,25 @@ class Codec(abc.ABC):
         """
 
     @abc.abstractmethod
+    def texts(self):
+        """The text that each token stands for: a list of bytes ``[V]``."""
+
+    @functools.cached_property
+    def _texts(self):
+        return self.texts()
+
     def decode(self, tokens):
         """The text that a sequence of token ids stands for, as bytes."""
+        return b"".join(self._texts[int(token)] for token in tokens)
 
-    @abc.abstractmethod
     def bytes_per_token(self):
         """How many bytes of text each token stands for: int64 array ``[V]``."""
+        return np.array([len(text) for text in self._texts], np.int64)
+
+    @functools.cached_property
+    def words(self):
+        """Where words begin (:class:`Words`)."""
+        return Words.of(self._texts)
 
     @abc.abstractmethod
     def sizes(self, data):
@@ -95,11 +166,6 @@ class Codec(abc.ABC):
             return np.zeros(len(data))
         sizes = self.sizes(data)
         return np.repeat(costs.astype(np.float64) / sizes, sizes)
-
-    def is_word(self):
-        """Which tokens are words, for perplexity per word: bool array ``[V]``; None if the codec
-        does not know."""
-        return None
 
     def is_forbidden(self, tokens):
         """Which token ids of an array no corpus may hold: those that the dictionary lacks, ``<s>``
@@ -128,8 +194,8 @@ class ByteCodec(Codec):
     def decode(self, tokens):
         return self.dictionary.decode(tokens)
 
-    def bytes_per_token(self):
-        return np.array([value is not None for value in self.dictionary.bytes_by_id()], np.int64)
+    def texts(self):
+        return [b"" if v is None else bytes([v]) for v in self.dictionary.bytes_by_id()]
 
     def is_forbidden(self, tokens):
         # An unknown byte would be scored as if one symbol stood for all unknown bytes.
@@ -152,7 +218,13 @@ class WordCodec(Codec):
     """
 
     name = "words"
-    counts_words = True
+    logs_words = True
+
+    @classmethod
+    def load(cls, folder):
+        if os.path.exists(os.path.join(folder, pieces.FILE)):
+            raise UserError(f"{folder}: its tokens are pieces, not words; use --codec pieces")
+        return super().load(folder)
 
     def encode(self, data):
         tokens = [self._token(match[0]) for match in _WORD.finditer(_text(data))]
@@ -173,18 +245,7 @@ class WordCodec(Codec):
         sizes = (len(text[i:j].encode()) for i, j in zip([0, *starts[1:]], ends) if starts)
         return np.fromiter(sizes, np.int64)
 
-    def decode(self, tokens):
-        table = self._table()
-        return b"".join(table[int(token)] for token in tokens)
-
-    def bytes_per_token(self):
-        return np.array([len(text) for text in self._table()], np.int64)
-
-    def is_word(self):
-        return self.bytes_per_token() > 0
-
-    def _table(self):
-        """The text of each token: a list of bytes ``[V]``."""
+    def texts(self):
         table = [
             f"{symbol} ".encode("utf-8", "surrogateescape") for symbol in self.dictionary.symbols
         ]
@@ -192,6 +253,100 @@ class WordCodec(Codec):
         for i in (self.dictionary.bos(), self.dictionary.pad(), *self.not_generated()):
             table[i] = b""
         return table
+
+
+class PieceCodec(Codec):
+    """A token is a sequence of bytes within a word or, as ``</s>``, the newline; see
+    :mod:`fairseq_sha.data.pieces`.
+
+    Args:
+        dictionary (~fairseq.data.Dictionary): the symbols of token ids
+        tokenizer (str): how text is cut into pieces, the JSON of the package ``tokenizers``
+
+    Raises:
+        UserError: a symbol is no piece, or the tokenizer has other pieces
+    """
+
+    name = "pieces"
+    lossless = True
+    logs_words = True
+
+    def __init__(self, dictionary, tokenizer):
+        super().__init__(dictionary)
+        self.tokenizer = tokenizer
+        symbols = [
+            symbol for symbol in dictionary.symbols[dictionary.nspecial :] if _is_piece(symbol)
+        ]
+        if {*symbols, pieces.NEWLINE} != _vocabulary(tokenizer):
+            raise UserError(
+                f"the dictionary and the tokenizer ({pieces.FILE}) have different pieces; "
+                "preprocess the corpus again with preprocess/pieces.py"
+            )
+
+    @classmethod
+    def load(cls, folder):
+        path = os.path.join(folder, pieces.FILE)
+        dictionary = load_dictionary(cls.dictionary_type.load, os.path.join(folder, "dict.txt"))
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(dictionary, file.read())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; is this a folder of preprocess/pieces.py?")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a tokenizer; preprocess the corpus again")
+
+    def state(self):
+        return {**super().state(), "tokenizer": self.tokenizer}
+
+    @classmethod
+    def from_state(cls, state):
+        return cls.from_symbols(state["symbols"], tokenizer=state["tokenizer"])
+
+    def encode(self, data):
+        """Cuts of long lines are those of :func:`fairseq_sha.data.pieces.lines`, so a split of a
+        data folder has the tokens that its text has here.
+
+        Raises:
+            UserError: ``tokenizers`` is not installed
+        """
+        tokenizer = pieces.load(self.tokenizer)
+        ids = np.empty(tokenizer.get_vocab_size(), np.int64)
+        for symbol, number in tokenizer.get_vocab().items():
+            ids[number] = self.dictionary.index(symbol)
+        ids[tokenizer.token_to_id(pieces.NEWLINE)] = self.dictionary.eos()
+        parts = [ids[part] for part in pieces.encode(tokenizer, pieces.lines([data]))]
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
+
+    def sizes(self, data):
+        return self.bytes_per_token()[self.encode(data).numpy()]
+
+    def texts(self):
+        nspecial = self.dictionary.nspecial
+        texts = [b""] * nspecial
+        texts[self.dictionary.eos()] = b"\n"
+        symbols = self.dictionary.symbols[nspecial:]
+        return texts + [pieces.bytes_of(s) if _is_piece(s) else b"" for s in symbols]
+
+    def is_forbidden(self, tokens):
+        # A corpus of pieces has no use for tokens that stand for no text, such as <unk>.
+        silent = np.append(self.bytes_per_token() == 0, True)
+        return silent[np.minimum(tokens, len(self.dictionary))]
+
+    def not_generated(self):
+        unknown = self.dictionary.unk()
+        return [i for i, text in enumerate(self._texts) if i >= unknown and not text]
+
+
+def _is_piece(symbol):
+    return re.fullmatch(r"madeupword\d{4}", symbol) is None
+
+
+def _vocabulary(tokenizer):
+    """The symbols of a tokenizer."""
+    try:
+        return set(json.loads(tokenizer)["model"]["vocab"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{pieces.FILE}: not a tokenizer; preprocess the corpus again")
 
 
 def _text(data):
@@ -205,4 +360,17 @@ def _text(data):
 
 
 #: By name.
-CODECS = {codec.name: codec for codec in (ByteCodec, WordCodec)}
+CODECS = {codec.name: codec for codec in (ByteCodec, WordCodec, PieceCodec)}
+
+
+def codec_from_state(state):
+    """The codec of a checkpoint, from its :meth:`Codec.state`. Old checkpoints, which do not name
+    their codec, are of bytes.
+
+    Raises:
+        UserError: this version has no such codec; as :meth:`Codec.from_state`
+    """
+    name = state.get("codec") or "bytes"
+    if name not in CODECS:
+        raise UserError(f"its codec {name!r} is unknown; update fairseq_sha")
+    return CODECS[name].from_state(state)

@@ -72,8 +72,8 @@ class _Batches(FairseqDataset, abc.ABC):
     Args:
         corpus (Corpus): the split
         pad (int): token id that fills up rows; such targets are not scored
-        codec (~fairseq_sha.data.codecs.Codec): says how many bytes, and words if it knows words,
-            the targets of a batch stand for; None to leave that out
+        codec (~fairseq_sha.data.codecs.Codec): says how many bytes the targets of a batch stand
+            for, and how many words begin in them; None to leave that out
         filler (int): token id that fills up inputs; None for ``pad``
         num_targets (int): how many tokens ahead each position predicts
     """
@@ -84,11 +84,8 @@ class _Batches(FairseqDataset, abc.ABC):
         self.pad = pad
         self.filler = pad if filler is None else filler
         self.num_targets = num_targets
-        self.worth = {}  # what to count of a batch's targets -> how much each token id adds
-        if codec is not None:
-            self.worth["nbytes"] = codec.bytes_per_token()
-            if codec.counts_words:
-                self.worth["nwords"] = codec.is_word().astype(np.int64)
+        self.bytes_per_token = None if codec is None else codec.bytes_per_token()
+        self.words = None if codec is None else codec.words
 
     @abc.abstractmethod
     def rows(self, index):
@@ -114,7 +111,10 @@ class _Batches(FairseqDataset, abc.ABC):
             for k in range(self.num_targets):
                 ahead = tokens[context + 1 + k : context + 1 + k + count]
                 targets[k, row, context : context + len(ahead)] = ahead
-        worth = {key: int(table[targets[0]].sum()) for key, table in self.worth.items()}
+        worth = {}
+        if self.words is not None:
+            worth["nbytes"] = int(self.bytes_per_token[targets[0]].sum())
+            worth["nwords"] = int(self.words.begun(targets[0], inputs).sum())
         targets = torch.from_numpy(targets)
         net_input = {
             "src_tokens": torch.from_numpy(inputs),

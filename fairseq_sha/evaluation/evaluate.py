@@ -16,7 +16,7 @@ class Score(NamedTuple):
     nats: float  # in all
     tokens: int
     bytes: int  # of the original text
-    words: Optional[int]  # None if the codec does not know words
+    words: Optional[int]  # see codecs.Words; None if the text has none
     policy: str
 
     @property
@@ -84,7 +84,7 @@ def evaluate(model, corpus, split, codec, policy, progress=False):
             for key in total:
                 total[key] += batch.get(key, 0)
             bar.update(batch["ntokens"])
-    words = total["nwords"] if codec.counts_words else None
+    words = total["nwords"] or None
     return Score(nats, total["ntokens"], total["nbytes"], words, str(policy)), costs
 
 

@@ -62,7 +62,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     data: Optional[str] = field(
         default=None, metadata={"help": "data folder made by a script in preprocess/"}
     )
-    codec: ChoiceEnum(["words", "bytes"]) = field(
+    codec: ChoiceEnum(["words", "bytes", "pieces"]) = field(
         default="words", metadata={"help": "what the tokens of the data folder stand for"}
     )
     tokens_per_sample: int = field(
@@ -142,7 +142,7 @@ class SegmentLanguageModelingTask(FairseqTask):
     predicted exactly once an epoch, and scored exactly once in evaluation.
 
     Logs ``nats``, the mean cost of a token, and ``ppl``, its perplexity; ``bpb``, bits per byte of
-    the original text; and ``wppl``, perplexity per word, if the codec knows words.
+    the original text; and ``wppl``, perplexity per word, for words and pieces.
 
     Args:
         cfg (SegmentLanguageModelingConfig): the settings
@@ -276,7 +276,7 @@ class SegmentLanguageModelingTask(FairseqTask):
         """Names of the scores that a validation logs."""
         own_nll = isinstance(criterion, CrossEntropyWithAuxiliaryLosses) or criterion.sentence_avg
         names = ["loss", *(["nll_loss"] if own_nll else []), "ppl", "nats", "bpb"]
-        return [*names, "wppl"] if self.codec.counts_words else names
+        return [*names, "wppl"] if self.codec.logs_words else names
 
     # The hooks of compatibility.py
 
@@ -397,13 +397,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         if "nbytes" in keys:
             count = total("nbytes")
             metrics.log_scalar("bpb", nats / count / math.log(2), count, round=4)
-        if "nwords" in keys:
-            count = total("nwords")
-            metrics.log_scalar("_nats_per_word", nats / count, count)
-            metrics.log_derived(
-                "wppl",
-                lambda meters: utils.get_perplexity(meters["_nats_per_word"].avg, base=math.e),
-            )
+        if "nwords" in keys and self.codec.logs_words:
+            # Per token, since no word may begin in a batch.
+            metrics.log_scalar("_words_per_token", total("nwords") / tokens, tokens)
+            metrics.log_derived("wppl", _perplexity_per_word)
 
     def optimizer_step(self, optimizer, model, update_num):
         """fairseq's hook. After the update, parameters are clamped to the model's bounds."""
@@ -471,7 +468,7 @@ class SegmentLanguageModelingTask(FairseqTask):
 
     def state_dict(self):
         """What checkpoints say of the task: what token ids stand for."""
-        return {"symbols": self.dictionary.symbols, "codec": self.codec.name}
+        return self.codec.state()
 
     def load_state_dict(self, state_dict):
         """fairseq's hook in evaluation and generation. In training the iterator does the same."""
@@ -716,6 +713,15 @@ class SegmentLanguageModelingTask(FairseqTask):
 
 
 WORTH = "nbytes", "nwords"  # what batches say of their targets, beside the number of tokens
+
+
+def _perplexity_per_word(meters):
+    words_per_token = meters["_words_per_token"].avg
+    return (
+        math.inf
+        if not words_per_token
+        else utils.get_perplexity(meters["nats"].avg / words_per_token, base=math.e)
+    )
 
 
 def _worth(sample):
