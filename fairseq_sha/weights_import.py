@@ -20,10 +20,7 @@ from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import unfinished
 from fairseq_sha.models.family import FAMILIES
-
-# The output bias of symbols that are missing from the weights: e to this power is 0 in every
-# floating type, and unlike minus infinity it survives weight decay when training continues.
-NO_PROBABILITY = -1e4
+from fairseq_sha.models.heads import NO_PROBABILITY
 
 
 def family(name):

@@ -16,6 +16,10 @@ from fairseq_sha.ops import dropout
 #: MB in float32.
 MAX_LOGITS = 1 << 26
 
+#: The log-probability of what is impossible: e to this power is 0 in every floating type, and
+#: unlike minus infinity it survives arithmetic.
+NO_PROBABILITY = -1e4
+
 
 class SoftmaxHead(nn.Module):
     """``softmax(W h + b)`` over the whole vocabulary.
@@ -113,11 +117,11 @@ class AdaptiveSoftmaxHead(nn.Module):
         return self.log_probs(features)
 
     def log_probs(self, features, training=False):
-        """Log-probabilities in float32 or wider: ``[..., H] -> [..., V]``; minus infinity for what
-        has no embedding."""
+        """Log-probabilities in float32 or wider: ``[..., H] -> [..., V]``;
+        :data:`NO_PROBABILITY` for what has no embedding."""
         size = self.bands.sizes[0]
         head = widen(self._head_logits(features, training)).log_softmax(-1)
-        no_word = head.new_full((*head.shape[:-1], self.bands.first), -torch.inf)
+        no_word = head.new_full((*head.shape[:-1], self.bands.first), NO_PROBABILITY)
         parts = [no_word, head[..., :size]]
         for i in range(1, len(self.bands.widths)):
             within = widen(self._tail_logits(i, features, training)).log_softmax(-1)
@@ -184,7 +188,7 @@ class AdaptiveSoftmaxHead(nn.Module):
                 all_logits.append(None)
                 all_classes.append(None)
                 continue
-            impossible = h.new_full((len(h), self.bands.first), -torch.inf)
+            impossible = h.new_full((len(h), self.bands.first), NO_PROBABILITY)
             all_logits.append(torch.cat([impossible, logits(h)], -1))
             classes = classes + self.bands.first
             if places is None:

@@ -19,8 +19,12 @@ from fairseq_sha import compatibility
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.carried_state import CarriedState
 from fairseq_sha.models.embeddings import AdaptiveEmbedding
-from fairseq_sha.models.heads import AdaptiveSoftmaxHead, SoftmaxHead
+from fairseq_sha.models.heads import AdaptiveSoftmaxHead, SoftmaxHead, widen
 from fairseq_sha.ops import dropout
+
+#: Comes with logits where fairseq expects features. It divides by the temperature of generation
+#: whatever it gets, which is right for logits only.
+LOGITS = {"attn": None}
 
 
 @dataclass(frozen=True)
@@ -144,16 +148,21 @@ class SegmentDecoder(FairseqIncrementalDecoder):
                 for auxiliary losses
 
         Returns:
-            Without targets: logits ``[B, T, V]`` (of the last token only, when generating), or
-            features ``[B, T, H]`` with an adaptive softmax, as fairseq has it; and None. With
+            Without targets: logits ``[B, T, V]`` (of the last token only, when generating) and
+            None. With an adaptive softmax, features ``[B, T, H]``, which fairseq's
+            ``adaptive_loss`` expects, except when generating: logits and :data:`LOGITS`. With
             targets: the loss of each in nats, ``[B, T]``, and a dict that is empty except in
             training: ``auxiliary_losses`` and ``statistics``, see :meth:`auxiliary_losses` and
             :meth:`statistics`.
         """
         done = self._read_batch(prev_output_tokens, incremental_state, segment)
         features = done.features.transpose(0, 1)
+        if targets is None and self.bands:
+            if incremental_state is None:
+                return features, None
+            return self.head.logits(features), LOGITS
         if targets is None:
-            return (features if self.bands else self.head.logits(features)), None
+            return self.head.logits(features), None
         extra = {}
         if self.training:
             extra = {
@@ -161,6 +170,13 @@ class SegmentDecoder(FairseqIncrementalDecoder):
                 "statistics": self.statistics(),
             }
         return self.head.losses(features, targets, self.training), extra
+
+    def get_normalized_probs(self, net_output, log_probs, sample=None):
+        """fairseq's, which takes :data:`LOGITS` for features where there is an adaptive softmax."""
+        if net_output[1] is LOGITS:
+            scores = widen(net_output[0]).log_softmax(-1)
+            return scores if log_probs else scores.exp()
+        return super().get_normalized_probs(net_output, log_probs, sample)
 
     def extract_features(self, prev_output_tokens, incremental_state=None, segment=None, **unused):
         """The features ``[B, T, H]`` that the head reads, and None. Arguments as for

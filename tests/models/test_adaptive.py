@@ -130,7 +130,7 @@ def test_every_form_equals_its_definition(form, monkeypatch):
         torch.testing.assert_close(ours, reference)
     every = head.log_probs(h)
     torch.testing.assert_close(every.exp().sum(-1), torch.ones(h.shape[:2]).double())
-    assert every[..., :EOS].eq(-torch.inf).all()
+    assert every[..., :EOS].eq(heads.NO_PROBABILITY).all()
     torch.testing.assert_close(every[0, 0, EOS:], log_probs(head, embedding, h[0, 0]))
 
 
@@ -216,6 +216,18 @@ def test_fairseqs_criterion_gets_every_word(monkeypatch):
     loss, count, _ = criterion(Model(), {"target": targets, "net_input": {}})
     assert count == SYMBOLS - EOS
     torch.testing.assert_close(loss, head.losses(h, targets)[:, :-2].sum().view(1))
+
+
+def test_generation_divides_logits_by_the_temperature():
+    """And not features, which fairseq would take."""
+    model = golden.build(FAMILIES["srupp"], SRUppDecoder, SRUPP["base"]).eval()
+    tokens = torch.tensor([[5], [9]])
+    features, _ = model(tokens)
+    expected = (model.head.log_probs(features) / 0.5).log_softmax(-1)
+    logits, extra = model(tokens, incremental_state={})
+    divided = logits.div_(0.5), extra
+    torch.testing.assert_close(model.get_normalized_probs(divided, log_probs=True), expected)
+    torch.testing.assert_close(model.get_normalized_probs(divided, False), expected.exp())
 
 
 def test_bands_without_targets_get_a_gradient():
