@@ -104,6 +104,12 @@ def convert(
             symbols, times = chosen(numbers, counts, order, min_count, max_size)
         else:
             symbols = list(dict.fromkeys(vocabulary))
+            special = {*RESERVED, UNK_WORD}.intersection(symbols)
+            if special:
+                raise UserError(
+                    f"the vocabulary has {min(special)}, which is a special symbol of fairseq; "
+                    "remove it"
+                )
             times = [int(counts[numbers[s]]) if s in numbers else 0 for s in symbols]
         index = dict(zip(symbols, itertools.count(SPECIALS)))
         if vocabulary is None and order == "fairseq":
@@ -118,10 +124,13 @@ def convert(
         del numbers, symbols, times
         splits = {"train": finish(folder, "train", lines, dtype, table)}
         allowed = unknown == "always" or (unknown == "learned" and splits["train"].unknown > 0)
+        remedy = "use the train split that belongs to it"
+        if unknown == "learned":
+            remedy += f", or have rare words become {UNK_WORD} with a minimum count of 2 or more"
         index[EOS_WORD] = EOS
         for name, source in sources.items():
             if name != "train":
-                lines = look_up_words(source, folder / f"{name}.bin", index, allowed)
+                lines = look_up_words(source, folder / f"{name}.bin", index, allowed, remedy)
                 splits[name] = finish(folder, name, lines, dtype, None)
         summary = Summary(splits, types, size)
         if check is not None:
@@ -287,12 +296,13 @@ def number_words(source, path):
     return numbers, lines
 
 
-def look_up_words(source, path, index, allowed):
+def look_up_words(source, path, index, allowed, remedy):
     """Write the token of each word of a split to ``path``, int32.
 
     Args:
         index (dict of str to int): the tokens of the dictionary
         allowed (bool): whether a word may be missing there
+        remedy (str): for messages: what to do if one is and may not
 
     Returns:
         the number of lines
@@ -309,9 +319,7 @@ def look_up_words(source, path, index, allowed):
                 first = next(i for i, word in enumerate(words) if word in unknown)
                 raise block.error(
                     words[:first].count(EOS_WORD),
-                    f"has the word {words[first]!r}, which the vocabulary of train lacks; "
-                    "use the train split that belongs to it, or one in which rare words are "
-                    f"{UNK_WORD} (a minimum count of 2 makes it so)",
+                    f"has the word {words[first]!r}, which the vocabulary of train lacks; {remedy}",
                 )
             file.write(tokens)
             lines += block.lines

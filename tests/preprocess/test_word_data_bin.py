@@ -178,6 +178,11 @@ def test_given_vocabulary(tmp_path):
     assert tokens_of(folder, "valid") == [[3, 6, 2]]
 
 
+def test_special_symbol_in_a_given_vocabulary(tmp_path):
+    with pytest.raises(UserError, match="the vocabulary has <pad>"):
+        convert(tmp_path, {"train": GOOD}, vocabulary=["a", "<pad>"])
+
+
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Peak memory of a conversion of 40 MB, above that of one of 4 MB."""
     import subprocess
