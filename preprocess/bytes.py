@@ -27,13 +27,15 @@ def main(argv=None):
 
 def parse(argv):
     parser = data_bin.argument_parser(__doc__)
-    add_arguments(parser)
-    return checked(parser, parser.parse_args(argv))
-
-
-def add_arguments(parser):
-    """The input and the sizes of its splits."""
     parser.add_argument("--input", required=True, help="file of any bytes")
+    add_sizes(parser)
+    args = parser.parse_args(argv)
+    check_sizes(parser, args)
+    return args
+
+
+def add_sizes(parser):
+    """Add the options for the sizes of valid and test."""
     for split in ("valid", "test"):
         parser.add_argument(
             f"--{split}-percent",
@@ -46,15 +48,14 @@ def add_arguments(parser):
         )
 
 
-def checked(parser, args):
-    """The parsed arguments, unless sizes contradict each other."""
+def check_sizes(parser, args):
+    """Exit with the parser's message if these options do not go together."""
     in_bytes = [args.valid_bytes is not None, args.test_bytes is not None]
     in_percent = [args.valid_percent is not None, args.test_percent is not None]
     if any(in_bytes) and any(in_percent):
         parser.error("give the sizes of valid and test both in bytes or both in percent")
     if any(in_bytes) and not all(in_bytes):
         parser.error("--valid-bytes and --test-bytes need each other")
-    return args
 
 
 def held_out(args, size):

@@ -86,7 +86,7 @@ def _stop(number, _frame):
 
 
 def argument_parser(description, all_bytes=True):
-    """The options that all scripts share; those for bytes have ``--all-bytes``."""
+    """The options that all scripts share, and with ``all_bytes`` that for a dictionary of bytes."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
