@@ -15,7 +15,7 @@ Train with --task segment_language_modeling --codec pieces.
 
 import argparse
 
-import bytes as bytes_script
+from bytes import add_sizes, check_sizes, held_out
 
 from fairseq_sha.data import data_bin, piece_data_bin, pieces
 
@@ -23,7 +23,19 @@ from fairseq_sha.data import data_bin, piece_data_bin, pieces
 def main(argv=None):
     parser = data_bin.argument_parser(__doc__, all_bytes=False)
     parser.add_argument("--input", required=True, help="file of any bytes")
-    bytes_script.add_sizes(parser)
+    add_sizes(parser)
+    add_vocabulary(parser)
+    args = parser.parse_args(argv)
+    check_sizes(parser, args)
+    pieces.check_package()
+    dest = data_bin.checked_dest(args.dest)
+    with data_bin.open_input(args.input) as stream:
+        valid, test = held_out(args, stream.seek(0, 2))
+        piece_data_bin.convert(stream, args.input, dest, valid, test, args.vocabulary)
+
+
+def add_vocabulary(parser):
+    """Add the option for the number of pieces."""
     parser.add_argument(
         "--vocabulary",
         type=vocabulary,
@@ -31,13 +43,6 @@ def main(argv=None):
         metavar="N",
         help="number of pieces, the 256 bytes included (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    bytes_script.check_sizes(parser, args)
-    pieces.check_package()
-    dest = data_bin.checked_dest(args.dest)
-    with data_bin.open_input(args.input) as stream:
-        valid, test = bytes_script.held_out(args, stream.seek(0, 2))
-        piece_data_bin.convert(stream, args.input, dest, valid, test, args.vocabulary)
 
 
 def vocabulary(text):
