@@ -10,7 +10,11 @@ in the folder `evaluation` beside it holds the settings that differ in evaluatio
 directory.
 
 A budget in seconds of training is converted into updates once, by training each model for a short
-time; one in bytes by the mean number of tokens per update on one device.
+time; one in bytes by the mean number of tokens per update on one device, and, unless tokens are
+bytes, by how many bytes they stand for in that time.
+
+Models of bytes, pieces and words may be compared if their data folders are made of the same text:
+give the folder in each config (task.data) instead of --data.
 
 OUT gets table.md, results.json and pictures of learning curves, which are rewritten after each
 run; OUT/MODEL/seedN gets logs, a checkpoint and result.json. After an interruption, repeat the
@@ -25,7 +29,9 @@ def add_arguments(parser):
     """Declare the options."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("--data", required=True, type=Path, help="data folder")
+    parser.add_argument(
+        "--data", type=Path, help="data folder of all models (default: that of each config)"
+    )
     parser.add_argument(
         "--configs", required=True, nargs="+", type=Path, help="one YAML file per model"
     )
@@ -36,7 +42,7 @@ def add_arguments(parser):
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--seconds", type=float, help="budget: seconds of training")
     budget.add_argument("--updates", type=int, help="budget: updates")
-    budget.add_argument("--bytes", type=int, help="budget: bytes to train on")
+    budget.add_argument("--bytes", type=int, help="budget: bytes of text to train on")
     parser.add_argument(
         "--calibration-seconds",
         type=float,

@@ -17,6 +17,7 @@ class Training(NamedTuple):
     train: List[Tuple[int, float]]  # (update, bits per byte since the previous line)
     valid: List[Tuple[int, float]]
     tokens_per_update: float
+    bytes_per_token: float  # 1 if the log does not tell
     seconds_per_update: float  # median, without validation and checkpoints
 
 
@@ -28,6 +29,7 @@ def read_training(text):
     (``wps``), without the intervals in which fairseq started, validated or saved.
     """
     train, valid, tokens, seconds, all_seconds = {}, {}, {}, {}, {}
+    bits_per_token = {}
     steady = False
     for line in text.splitlines():
         if line.startswith("training on "):  # fairseq started
@@ -45,6 +47,8 @@ def read_training(text):
             update = int(stats["num_updates"])
             train[update] = bits(stats, "")
             tokens[update] = float(stats["wpb"])
+            if {"nats", "bpb"} <= set(stats):
+                bits_per_token[update] = float(stats["nats"]) / math.log(2)
             if float(stats["wps"]) > 0:  # it is 0 for a run's first update
                 all_seconds[update] = tokens[update] / float(stats["wps"])
                 if steady and update > SETTLING:
@@ -57,6 +61,9 @@ def read_training(text):
         train=sorted(train.items()),
         valid=sorted(valid.items()),
         tokens_per_update=mean(tokens.values()),
+        bytes_per_token=sum(bits_per_token.values()) / sum(train[u] for u in bits_per_token)
+        if bits_per_token
+        else 1.0,
         # The median is robust against other load on the machine for less than half of the run.
         seconds_per_update=statistics.median([*(seconds or all_seconds).values()] or [math.nan]),
     )

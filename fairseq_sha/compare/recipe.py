@@ -59,7 +59,7 @@ def load(path, data, changes):
 
     path (Path): complete YAML for fairseq-hydra-train; settings that differ in evaluation are in a
         file of the same name in the folder ``evaluation`` beside it
-    data: data folder, which replaces the config's
+    data: data folder, which replaces the config's; None to keep that
     changes (list of str): ``section.field=value``, which take precedence over the files
     UserError: no such file, not YAML, a malformed change, or a missing or unknown field
     """
@@ -74,7 +74,7 @@ def load(path, data, changes):
             ),
             OmegaConf.from_dotlist(changes),
             OmegaConf.create(COMMON),
-            OmegaConf.create({"task": {"data": str(data)}}),
+            OmegaConf.create({"task": {"data": str(data)}} if data else {}),
         )
         config = OmegaConf.to_container(config, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
@@ -84,7 +84,8 @@ def load(path, data, changes):
     if unknown:
         known = ", ".join(sorted(EVALUATION))
         raise UserError(f"{path}: evaluation.{min(unknown)} is unknown; there are {known}")
-    for field in ("optimization.max_update", "task._name", "task.tokens_per_sample", "model"):
+    needed = ("optimization.max_update", "task._name", "task.data", "task.tokens_per_sample")
+    for field in (*needed, "model"):
         if not lookup(config, field):
             raise UserError(f"{path}: {field} is missing; the comparison needs it, so add it")
     length = evaluation.get("tokens_per_sample", config["task"]["tokens_per_sample"])
@@ -122,8 +123,13 @@ def runnable(config):
     return {**config, "common": {**config["common"], "user_dir": path}} if path else config
 
 
+def is_of_bytes(recipe):
+    """Whether a token of the model is a byte, as far as its config says."""
+    return lookup(recipe.config, "task.codec", "bytes") == "bytes"
+
+
 def tokens_per_update(recipe):
-    """Mean number of tokens (bytes, for a byte-level model) that one update trains on, one device.
+    """Mean number of tokens that one update trains on, one device.
 
     UserError: the config has no dataset.batch_size
     """

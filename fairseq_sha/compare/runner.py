@@ -93,14 +93,9 @@ def load(args):
     for change in args.set:
         if not re.match(r"\w+\.\S+=", change):
             raise UserError(f"--set {change}: give SECTION.FIELD=VALUE, such as common.cpu=true")
-    for name in ("dict.txt", *(f"{s}.{end}" for s in ("train", *SPLITS) for end in ("bin", "idx"))):
-        if not (args.data / name).is_file():
-            raise UserError(
-                f"{args.data / name} is missing; make a data folder with a script in preprocess/"
-            )
     if not (recipes.TOOLS / "fairseq-hydra-train").is_file():
         raise UserError(f"{recipes.TOOLS} has no fairseq-hydra-train; use the Python beside it")
-    args.data, args.out = from_here(args.data), from_here(args.out)
+    args.data, args.out = args.data and from_here(args.data), from_here(args.out)
     args.seeds = list(dict.fromkeys(args.seeds))
     if args.launcher and args.seconds:
         raise UserError(
@@ -112,10 +107,25 @@ def load(args):
         model = recipes.load(path, args.data, args.set)
         if model.name in models:
             raise UserError(f"{path}: another config is called {model.name} too; rename one")
+        check_data(Path(model.config["task"]["data"]))
         if args.bytes:
             recipes.tokens_per_update(model)
+        if args.bytes and args.launcher and not recipes.is_of_bytes(model):
+            raise UserError(
+                f"--bytes with --launcher: how many bytes a token of {path} stands for would be "
+                "measured on this machine; give --updates"
+            )
         models[model.name] = model
     return list(models.values())
+
+
+def check_data(folder):
+    """UserError if something is missing of a data folder."""
+    for name in ("dict.txt", *(f"{s}.{end}" for s in ("train", *SPLITS) for end in ("bin", "idx"))):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder / name} is missing; make a data folder with a script in preprocess/"
+            )
 
 
 def from_here(path):
@@ -135,14 +145,15 @@ def check_settings(args, models):
     kind = next(kind for kind in BUDGETS if getattr(args, kind) is not None)
     common = {
         "budget": f"{getattr(args, kind):,.10g} {kind}",
-        "data": str(args.data),
-        "size": {s: (args.data / f"{s}.bin").stat().st_size for s in ("train", *SPLITS)},
         "eval_streams": args.eval_streams,
     }
     settings = {}
     for model in models:
         config = {key: value for key, value in model.config.items() if key != "hydra"}
-        content = {**common, "config": config, "evaluation": model.evaluation}
+        data = Path(config["task"]["data"])
+        size = {s: (data / f"{s}.bin").stat().st_size for s in ("train", *SPLITS)}
+        content = {**common, "data": str(data), "size": size, "config": config}
+        content["evaluation"] = model.evaluation
         settings[model.name] = json.loads(json.dumps(content))
         folder = args.out / model.name
         changes = changed(folder, settings[model.name])
@@ -211,7 +222,8 @@ def print_commands(args, models):
         print(f"# {folder}/recipe.yaml: the config with the settings that all models share")
         updates = updates_of(args, model)
         if updates is None:
-            print("# UPDATES is the budget times the updates per second of this command:")
+            unit = "updates per second" if args.seconds else "updates per byte"
+            print(f"# UPDATES is the budget times the {unit} of this command:")
             print(shlex.join(recipes.calibration_command(folder, args.calibration_seconds)))
         if args.launcher:
             print(shlex.join(multirun_command(args, model, args.seeds, updates)))
@@ -225,11 +237,11 @@ def print_commands(args, models):
 
 
 def updates_of(args, model):
-    """The number of updates that a model's budget allows, at least 1; None if that depends on its
-    speed, which was not measured yet."""
+    """The number of updates that a model's budget allows, at least 1; None if that depends on what
+    was not measured yet: its speed, or how many bytes its tokens stand for."""
     if args.updates:
         return args.updates
-    if args.bytes:
+    if args.bytes and recipes.is_of_bytes(model):
         return max(1, round(args.bytes / recipes.tokens_per_update(model)))
     speed = read(args.out / model.name / "speed.json")
     return json.loads(speed)["updates"] if speed else None
@@ -274,11 +286,16 @@ def calibrate(args, model):
             f"is too slow to be measured in {args.calibration_seconds:g} s; raise "
             "--calibration-seconds"
         )
+    if args.seconds:
+        updates = int(args.seconds / training.seconds_per_update)
+    else:
+        updates = round(args.bytes / recipes.tokens_per_update(model) / training.bytes_per_token)
     speed = {
         "updates_per_second": 1 / training.seconds_per_update,
         "tokens_per_update": training.tokens_per_update,
+        "bytes_per_token": training.bytes_per_token,
         "measured_updates": training.train[-1][0],
-        "updates": max(1, int(args.seconds / training.seconds_per_update)),
+        "updates": max(1, updates),
     }
     write_json(folder / "speed.json", speed)
     return speed["updates"]
@@ -400,7 +417,7 @@ def result_of(folder, model, seed, updates):
         "seed": seed,
         "parameters": logs.read_parameters(text),
         "updates": updates,
-        "bytes": round(updates * tokens),
+        "bytes": round(updates * tokens * training.bytes_per_token),
         "training_seconds": float(f"{updates * seconds:.6g}"),
         "training_tokens_per_second": float(f"{tokens / seconds:.6g}"),
         "peak_memory_mb": logs.read_peak(text),
@@ -420,9 +437,14 @@ def report(args, runs, settings):
             results.append(json.loads(read(path)))
         else:
             missing.append(f"{model.name} seed {seed}")
+    contents = list(settings.values())
     common = {
-        k: v for k, v in next(iter(settings.values())).items() if k not in ("config", "evaluation")
+        key: value
+        for key, value in contents[0].items()
+        if key not in ("config", "evaluation") and all(c[key] == value for c in contents)
     }
+    if "data" not in common:
+        common["data"] = {name: content["data"] for name, content in settings.items()}
     rows = summary.summarise(results)
     everything = {
         "command": shlex.join(["fairseq-sha", *sys.argv[1:]]),

@@ -307,6 +307,10 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
+    def vocabulary_parameters(self):
+        """Names and parameters of the embedding and the head, tied ones once."""
+        return nn.ModuleList([self.embedding, self.head]).named_parameters()
+
     # fairseq wants the state of generation as a flat dict of tensors.
 
     def get_generation_state(self, incremental_state):

@@ -162,10 +162,9 @@ class SHARNNDecoder(SegmentDecoder):
         # Layer norms keep torch's ones and zeros: drawn like the linear weights, training stalls.
         # Cells come as they initialise themselves.
         std = 0.1 / cfg.width**0.5
-        for module in (self.embedding, self.head):
-            for name, parameter in module.named_parameters():
-                if "weight" in name:
-                    nn.init.normal_(parameter, std=std)
+        for name, parameter in self.vocabulary_parameters():
+            if "weight" in name:
+                nn.init.normal_(parameter, std=std)
         cells = {module for layer in self.layers for module in layer.cell.modules()}
         for module in self.layers.modules():
             if module not in cells and isinstance(module, nn.Linear):

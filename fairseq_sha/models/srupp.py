@@ -143,14 +143,13 @@ class SRUppDecoder(SegmentDecoder):
             dropout_output=cfg.dropout,
         )
         bound = math.sqrt(3 / cfg.width)
-        for module in (self.embedding, self.head):
-            for name, parameter in module.named_parameters():
-                if "projections" in name:
-                    nn.init.xavier_uniform_(parameter)
-                elif "bias" in name:
-                    nn.init.zeros_(parameter)
-                else:  # whatever the width of the band
-                    nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.vocabulary_parameters():
+            if "projections" in name:
+                nn.init.xavier_uniform_(parameter)
+            elif "bias" in name:
+                nn.init.zeros_(parameter)
+            else:  # whatever the width of the band
+                nn.init.uniform_(parameter, -bound, bound)
         for layer in self.layers:
             for linear in (layer.project, layer.key_value, layer.expand):
                 if linear is not None:

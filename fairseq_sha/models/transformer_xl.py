@@ -181,12 +181,11 @@ class TransformerXLDecoder(SegmentDecoder):
         self.position_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))  # v
         for parameter in (self.content_bias, self.position_bias):
             nn.init.normal_(parameter, std=STD)
-        for module in (self.embedding, self.head):
-            for name, parameter in module.named_parameters():
-                if "bias" in name:
-                    nn.init.zeros_(parameter)
-                else:
-                    nn.init.normal_(parameter, std=0.01 if "projections" in name else STD)
+        for name, parameter in self.vocabulary_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.01 if "projections" in name else STD)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=STD)
