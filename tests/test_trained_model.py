@@ -168,7 +168,8 @@ def test_score_prints_what_the_text_costs(sha_rnn, path, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(str(tmp_path)))
     assert f"{bits.mean():.4f} bits per byte" in lines[start]
-    assert "600 tokens, 600 bytes; state carried, 1 streams" in lines[start]
+    words = len(data.split()) + data.count(b"\n")
+    assert f"600 tokens, 600 bytes, {words} words; state carried, 1 streams" in lines[start]
     rows = [line.split("\t") for line in lines[:start]]
     assert [row[2].encode() for row in rows] == data.rstrip(b"\n").split(b"\n")
     assert sum(float(row[1]) for row in rows) == pytest.approx(bits.sum(), abs=0.05 * len(rows))
