@@ -386,7 +386,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
     weights = published.prepare(read_weights(weights_path), values)
     cfg = build_config(chosen, weights, settings, values)
     symbols = read_symbols(symbols_path, codec)
-    cutoffs = cfg.get("cutoffs") or []
+    cutoffs = list(getattr(cfg, "cutoffs", []))
     if cutoffs and len(symbols) != published.num_rows(weights):
         raise UserError(
             f"{symbols_path}: has {len(symbols):,} symbols, but the vocabulary of the weights has "
@@ -395,7 +395,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
     codec = CODECS[codec].load(str(folder))
     ids = check_symbols(symbols, codec, folder)
     if cutoffs:
-        check_bands(symbols, ids, list(cutoffs), codec, folder)
+        check_bands(symbols, ids, cutoffs, codec, folder)
     task = make_task(codec, folder)
     model = chosen.model.build_model(cfg, task)
     by_symbol = () if cutoffs else published.vocabulary

@@ -49,7 +49,7 @@ def run(args):
         args.family, args.weights, args.symbols, args.data_bin, args.save, args.set, args.codec
     )
     fields = dict.fromkeys(setting.field for setting in family.published.settings.values())
-    if not cfg.get("cutoffs"):
+    if not getattr(cfg, "cutoffs", []):
         fields = [field for field in fields if field not in vars(AdaptiveConfig())]
     settings = " ".join(f"{field}={cfg[field]}" for field in fields)
     print(f"{args.save}: {args.family} with {settings}, for {args.data_bin}")
