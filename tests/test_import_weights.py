@@ -825,6 +825,10 @@ def given(*settings):
             r"--set tie_projs=\[False, True\]: give one of True or False for each of 3 bands",
         ),
         ("transformer_xl", "large_div4", given("tie_projs=some"), "--set tie_projs=some: give one"),
+        ("transformer_xl", "large_div4", given("tie_projs=null"), "--set tie_projs=None: give one"),
+        ("transformer_xl", "base_div1", given("cutoffs=null"), "--set .*cutoffs=null"),
+        ("transformer_xl", "base_div1", given("clamp_len=null"), "--set .*clamp_len=null"),
+        ("srupp", "base", given("attn_heads=many"), "--set .*attn_heads=many"),
     ],
 )
 def test_what_does_not_fit_an_adaptive_softmax_is_named(

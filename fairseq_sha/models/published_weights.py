@@ -250,7 +250,7 @@ def _tied_projections(value, sizes):
     """Of a config, for the reference's ``tie_projs``: whether each band's projection is tied."""
     bands = len(sizes["cutoffs"]) + 1
     forms = {"all": [True], "tails": [False, True], "none": [False]}
-    given = [value] if isinstance(value, (bool, int)) else list(value)
+    given = list(value) if hasattr(value, "__iter__") else [value]
     for form, pattern in forms.items():
         if given == (pattern + pattern[-1:] * bands)[:bands]:
             return form
