@@ -1,5 +1,6 @@
 """Checkpoints made from the weights of reference implementations."""
 
+import contextlib
 import io
 import re
 from collections import OrderedDict
@@ -53,8 +54,8 @@ def read_weights(path):
         weights = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # of any type, depending on where the file stops making sense
         raise UserError(
-            f"{path}: not a state dict that torch loads safely; save it with "
-            "torch.save(model.state_dict(), FILE)"
+            f"{path}: not a state dict that torch loads safely; of a whole model, save the weights "
+            f"where its code is installed: torch.save(torch.load({str(path)!r}).state_dict(), FILE)"
         )
     is_state_dict = isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
@@ -71,12 +72,13 @@ def read_symbols(path, codec="bytes"):
     """What each row of the vocabulary stands for.
 
     Args:
-        path (str): a file with one symbol a line
+        path (str): a file with one symbol a line. A count may follow a word, as in the published
+            vocabulary of Billion Word
         codec (str): ``bytes`` or ``words``
 
     Returns:
         list of str: the symbols as a dictionary of fairseq names them: decimal byte values or
-        words, ``</s>`` for newline
+        words, ``</s>`` for newline, ``<unk>`` for unknown words
 
     Raises:
         UserError: no such file, a line that is no symbol, or one that occurs twice
@@ -111,13 +113,18 @@ def _parse_byte(line):
     return "</s>" if int(line) == 10 else str(int(line))
 
 
+#: What the references call the end of a line and unknown words.
+SPECIAL_WORDS = {"<eos>": "</s>", "<S>": "</s>", "<UNK>": "<unk>"}
+
+
 def _parse_word(line):
     words = line.decode("utf-8", "replace").split()
-    if len(words) != 1 or words[0].encode() != line:
+    has_count = len(words) == 2 and words[1].isdigit()
+    if not (len(words) == 1 or has_count) or " ".join(words).encode() != line.replace(b"\t", b" "):
         raise ValueError(
             "a word; give one word in UTF-8 a line, without spaces, in the order of the rows"
         )
-    return words[0]
+    return SPECIAL_WORDS.get(words[0], words[0])
 
 
 def check_symbols(symbols, codec, folder):
@@ -161,39 +168,106 @@ def check_symbols(symbols, codec, folder):
     return ids
 
 
-def build_config(family, weights, settings):
+def check_bands(symbols, ids, cutoffs, codec, folder):
+    """Check that every symbol of a vocabulary in bands keeps its band.
+
+    Args:
+        symbols (list of str): of the weights' rows
+        ids (LongTensor): token id of each row, ``[R]``
+        cutoffs (list of int): how many rows come before each band but the first
+        codec (~fairseq_sha.data.codecs.Codec): of the data folder
+        folder (str): the data folder
+
+    Raises:
+        UserError: the data folder has more symbols than the weights, or another order
+    """
+    dictionary = codec.dictionary
+    remedy = "preprocess the corpus with the order of the weights, without padding"
+    for row in (ids < dictionary.eos()).nonzero().flatten().tolist():
+        raise UserError(f"{symbols[row]!r} is no word; </s> is the end of a line, <unk> any other")
+    words = len(dictionary) - dictionary.eos()
+    if words != len(symbols):
+        raise UserError(
+            f"{folder}: its dictionary has {words:,} words with </s> and <unk>, the weights have "
+            f"{len(symbols):,}, and an adaptive softmax has no place for others; {remedy}"
+        )
+    edges = torch.tensor(cutoffs)
+    theirs = torch.bucketize(torch.arange(len(symbols)), edges, right=True)
+    ours = torch.bucketize(ids - dictionary.eos(), edges, right=True)
+    for row in (theirs != ours).nonzero().flatten().tolist():
+        raise UserError(
+            f"{folder}: its dictionary has {symbols[row]!r} in band {ours[row] + 1} of the "
+            f"adaptive softmax, the weights have it in band {theirs[row] + 1}; {remedy}"
+        )
+
+
+def read_settings(family, settings):
+    """The values of ``--set``.
+
+    Args:
+        family (Family): of the model
+        settings (list of str): ``name=value``
+
+    Returns:
+        dict by the reference's names. Those that are fields of the config have their types
+
+    Raises:
+        UserError: a setting that does not exist or has no such value
+    """
+    known = family.published.settings
+    given = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in known:
+            raise UserError(
+                f"--set {setting}: give name=value with one of {', '.join(known)}; other sizes are "
+                "read off the weights"
+            )
+        is_list = "," in value and not value.startswith("[")
+        given[name] = f"[{value}]" if is_list else value
+    with _explained(settings):
+        values = OmegaConf.from_dotlist([f"{name}={value}" for name, value in given.items()])
+        fields = {name: value for name, value in values.items() if known[name].field == name}
+        typed = OmegaConf.merge(OmegaConf.structured(family.config), fields)
+        return {name: typed[name] if name in fields else values[name] for name in given}
+
+
+@contextlib.contextmanager
+def _explained(settings):
+    """Say that a setting has no such value."""
+    try:
+        yield
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"--set {' '.join(settings)}: {str(error).splitlines()[0]}")
+
+
+def build_config(family, weights, settings, values):
     """The model's config: sizes from shapes, the rest from settings.
 
     Args:
         family (Family): of the model
         weights (dict of str to Tensor): prepared
-        settings (list of str): ``name=value``
+        settings (list of str): ``name=value``, for messages
+        values (dict): of :func:`read_settings`
 
     Raises:
-        UserError: a setting that does not exist, has no such value, or contradicts a shape
+        UserError: a setting that has no such value, or contradicts a shape
     """
-    sizes = family.published.sizes(weights)
-    given = {}
-    for setting in settings:
-        field, equals, value = setting.partition("=")
-        if not equals or field not in family.published.settings:
-            raise UserError(
-                f"--set {setting}: give name=value with one of "
-                f"{', '.join(family.published.settings)}; other sizes are read off the weights"
-            )
-        given[field] = value
-    try:
-        cfg = OmegaConf.merge(
-            OmegaConf.structured(family.config(**sizes)),
-            OmegaConf.from_dotlist([f"{field}={value}" for field, value in given.items()]),
-        )
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"--set {' '.join(settings)}: {str(error).splitlines()[0]}")
-    for field in set(given) & set(sizes):
+    published = family.published
+    sizes = published.sizes(weights)
+    names = {published.settings[name].field: name for name in values}
+    fields = {
+        field: published.settings[name].convert(values[name], sizes)
+        for field, name in names.items()
+    }
+    with _explained(settings):
+        cfg = OmegaConf.merge(OmegaConf.structured(family.config(**sizes)), fields)
+    # No shape shows which projections are tied; converting checks what the user says.
+    for field in set(fields) & set(sizes) - {"tied_projections"}:
         if cfg[field] != sizes[field]:
             raise UserError(
-                f"--set {field}={given[field]}: the shapes of the weights say {sizes[field]}; "
-                "leave it out"
+                f"--set {names[field]}={values[names[field]]}: the shapes of the weights say "
+                f"{sizes[field]}; leave it out"
             )
     return cfg
 
@@ -213,6 +287,24 @@ def place_rows(rows, ids, size):
     placed = rows.new_full((size, *rows.shape[1:]), NO_PROBABILITY if rows.dim() == 1 else 0.0)
     placed[ids] = rows
     return placed
+
+
+def place_in_bands(converted, ids, bands):
+    """Put the rows of an adaptive input and softmax in the order of their symbols, in place. No
+    symbol changes its band.
+
+    Args:
+        converted (dict of str to Tensor): parameters by our names
+        ids (LongTensor): token id of each of the weights' rows, ``[R]``
+        bands (~fairseq_sha.models.embeddings.Bands): of the model
+    """
+    for i, (start, end) in enumerate(zip(bands.edges, bands.edges[1:])):
+        names = ["embedding.weight", "head.bias"]
+        if i > 0:
+            names = [f"embedding.tail_weights.{i - 1}", f"head.tail_biases.{i - 1}"]
+        places = ids[start:end] - bands.first - start
+        for name in names:
+            converted[name] = place_rows(converted[name], places, end - start)
 
 
 def make_task(codec, folder):
@@ -241,7 +333,8 @@ def make_checkpoint(name, cfg, model, task):
         **plain(task.cfg),
         "_name": "byte_language_modeling" if byte_level else "segment_language_modeling",
     }
-    with_losses = model.decoder.has_auxiliary_losses
+    # It makes no logits of the whole vocabulary, either.
+    with_losses = model.decoder.has_auxiliary_losses or model.decoder.bands is not None
     root["criterion"] = {
         **plain(CrossEntropyCriterionConfig),
         "_name": "cross_entropy" + "_with_auxiliary_losses" * with_losses,
@@ -275,7 +368,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
         symbols_path (str): see :func:`read_symbols`
         folder (str): data folder
         save (str): the checkpoint to write
-        settings (list of str): see :func:`build_config`
+        settings (list of str): see :func:`read_settings`
         codec (str): ``bytes`` or ``words``
 
     Returns:
@@ -286,20 +379,33 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
     """
     chosen = family(name)
     published = chosen.published
-    weights = published.prepare(read_weights(weights_path), {})
+    values = read_settings(chosen, settings)
+    weights = published.prepare(read_weights(weights_path), values)
+    cfg = build_config(chosen, weights, settings, values)
     symbols = read_symbols(symbols_path, codec)
+    cutoffs = list(getattr(cfg, "cutoffs", []))
+    if cutoffs and len(symbols) != published.num_rows(weights):
+        raise UserError(
+            f"{symbols_path}: has {len(symbols):,} symbols, but the vocabulary of the weights has "
+            f"{published.num_rows(weights):,} rows; list the symbol of each row"
+        )
     codec = CODECS[codec].load(str(folder))
     ids = check_symbols(symbols, codec, folder)
-    cfg = build_config(chosen, weights, settings)
+    if cutoffs:
+        check_bands(symbols, ids, cutoffs, codec, folder)
     task = make_task(codec, folder)
     model = chosen.model.build_model(cfg, task)
+    by_symbol = () if cutoffs else published.vocabulary
     shapes = {
-        key: (len(symbols), *p.shape[1:]) if key in published.vocabulary else tuple(p.shape)
+        key: (len(symbols), *p.shape[1:]) if key in by_symbol else tuple(p.shape)
         for key, p in model.decoder.named_parameters()
     }
     converted = published.convert(weights, shapes, model.decoder.tied_parameters())
-    for key in published.vocabulary:
-        converted[key] = place_rows(converted[key], ids, len(codec.dictionary))
+    if cutoffs:
+        place_in_bands(converted, ids, model.decoder.bands)
+    else:
+        for key in published.vocabulary:
+            converted[key] = place_rows(converted[key], ids, len(codec.dictionary))
     state = OrderedDict((f"decoder.{key}", value) for key, value in converted.items())
     model.load_state_dict(state)
     try:

@@ -24,13 +24,12 @@ TRAINING = f"""{SHA_RNN}
 """
 
 
-def in_process(module, monkeypatch, caplog, *argv):
+def in_process(module, monkeypatch, caplog, *argv, task="byte_language_modeling"):
     """The same without starting Python anew, for long lists of cases; returns what was logged."""
     caplog.clear()
     user_dir = ["--user-dir", str(REPOSITORY / "fairseq_sha")]
-    task = ["--task", "byte_language_modeling"]
     # Worker processes of torch end seconds after their work where they are forked from tests.
-    argv = ["fairseq", *map(str, argv), *user_dir, *task, "--num-workers", "0"]
+    argv = ["fairseq", *map(str, argv), *user_dir, "--task", task, "--num-workers", "0"]
     monkeypatch.setattr(sys, "argv", argv)
     __import__(f"fairseq_cli.{module}")
     with caplog.at_level("INFO"):

@@ -1,5 +1,6 @@
 """Weights under the references' names become checkpoints with the references' numbers."""
 
+import json
 import math
 import os
 import re
@@ -12,8 +13,9 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from numpy import uint16
+from torch import nn
 
-from fairseq_sha import UserError
+from fairseq_sha import UserError, commands
 from fairseq_sha.data.byte_dictionary import ByteDictionary
 from fairseq_sha.data.codecs import WordCodec
 from fairseq_sha.models.family import FAMILIES
@@ -481,3 +483,405 @@ def test_lines_that_are_no_words_are_named(tmp_path, line):
     (tmp_path / "symbols").write_text(f"the\n{line}\n")
     with pytest.raises(UserError, match="symbols, line 2: .* is not a word"):
         read_symbols(tmp_path / "symbols", "words")
+
+
+@pytest.mark.parametrize("listing", ["<eos>\n<unk>\nthe\n", "<S> 30\n<UNK> 20\nthe\t10\n"])
+def test_symbols_may_be_the_reference_s_own_listing(tmp_path, listing):
+    (tmp_path / "symbols").write_text(listing)
+    assert read_symbols(tmp_path / "symbols", "words") == ["</s>", "<unk>", "the"]
+
+
+# Words with an adaptive input and softmax
+
+ADAPTIVE_CASES = {
+    (family, name): case
+    for family in ("transformer_xl", "srupp")
+    for name, case in golden_cases(f"{family}_adaptive").items()
+}
+UNKNOWN_ROW = 4
+
+
+def adaptive_state_dict(family, case):
+    """The case's parameters as the reference's state dict has them, tied ones twice."""
+    weights = golden.parameters(case)
+    if family == "transformer_xl":
+        pairs = [("word_emb.emb_layers.{}.weight", "crit.out_layers.{}.weight")]
+        pairs += [("word_emb.emb_projs.{}", "crit.out_projs.{}")]
+        width = int(case["setting/d_model"])
+        weights["pos_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0.0, width, 2.0) / width)
+    else:
+        pairs = [("output_layer.out_layers.{}.weight", "embedding_layer.emb_weights.{}")]
+        pairs += [("output_layer.out_projs.{}", "embedding_layer.emb_projs.{}")]
+    for saved, tied in pairs:
+        for i in range(len(case["setting/cutoffs"]) + 1):
+            if saved.format(i) in weights and tied.format(i) not in weights:
+                weights[tied.format(i)] = weights[saved.format(i)].clone()
+    return weights
+
+
+def adaptive_settings(family, case):
+    """As the reference writes them."""
+    value = {k[len("setting/") :]: v.tolist() for k, v in case.items() if k.startswith("setting/")}
+    shared = [f"div_val={value['div_val']}", f"cutoffs={value['cutoffs']}".replace(" ", "")]
+    if family == "transformer_xl":
+        names = ("n_head", "d_head", "mem_len", "clamp_len", "same_length")
+        return [
+            *shared,
+            *(f"{name}={value[name]}" for name in names),
+            f"tie_projs={[bool(tied) for tied in value['tie_projs']]}",
+        ]
+    # Recorded as in training, unless same_length is set, with all of the segment before.
+    unroll = value["mask_length"] if value["same_length"] else 2 * value["mask_length"]
+    return [
+        *shared,
+        f"attn_heads={value['n_head']}",
+        f"attn_every_n_layers={value['attn_every_n_layers']}",
+        f"eval_unroll_size={unroll}",
+    ]
+
+
+class AdaptiveImport:
+    """Files as a user has them, for one golden case: rows in the order of the reference, which has
+    the unknown word somewhere, and a data folder in the order of ours."""
+
+    def __init__(self, folder, family, case, shuffled=False):
+        self.family, self.case = family, case
+        self.weights, self.symbols = folder / "weights.pt", folder / "symbols.txt"
+        self.data, self.save = folder / "data", folder / "checkpoint.pt"
+        self.settings = adaptive_settings(family, case)
+        self.data.mkdir()
+        torch.save(adaptive_state_dict(family, case), self.weights)
+        rows = len(family_weights(family, case, "bias")) - clusters(family, case)
+        self.words = [f"wörd{row}" for row in range(rows)]
+        self.words[0], self.words[UNKNOWN_ROW] = "</s>", "<unk>"
+        self.write_symbols(self.words)
+        ordered = self.words
+        if shuffled:
+            edges = [0, *case["setting/cutoffs"].tolist(), rows]
+            bands = [self.words[i:j] for i, j in zip(edges, edges[1:])]
+            ordered = [band[k] for band in bands for k in torch.randperm(len(band)).tolist()]
+        self.write_data(ordered)
+
+    def write_symbols(self, words):
+        """With the reference's names of special symbols."""
+        names = {"</s>": "<eos>"} if self.family == "srupp" else {"</s>": "<S>", "<unk>": "<UNK>"}
+        lines = "".join(f"{names.get(word, word)}\n" for word in words)
+        self.symbols.write_text(lines, encoding="utf-8")
+
+    def write_data(self, ordered, padding_factor=1):
+        """A data folder whose dictionary has these words in this order; its test split is the part
+        of the case's first stream that evaluation can cut as the reference did."""
+        dictionary = Dictionary()
+        for word in ordered:
+            if word not in ("</s>", "<unk>"):
+                dictionary.add_symbol(word, n=5)
+        dictionary.pad_to_multiple_(padding_factor)
+        dictionary.save(str(self.data / "dict.txt"))
+        self.ids = torch.tensor([dictionary.index(word) for word in self.words])
+        self.text = self.ids[self.case["tokens"][: self.lengths().sum() + 1, 0].long()]
+        for split in ("train", "valid", "test"):
+            builder = MMapIndexedDatasetBuilder(str(self.data / f"{split}.bin"), dtype=uint16)
+            builder.add_item(self.text)
+            builder.finalize(str(self.data / f"{split}.idx"))
+
+    def lengths(self):
+        """Of the segments that evaluation reads as the reference did."""
+        lengths = self.case["segments"]
+        return lengths if len(lengths.unique()) == 1 else lengths[:2]
+
+    def nll(self):
+        """Of the test split, in nats."""
+        pieces = [self.case[f"nll{i}"][:, 0] for i in range(len(self.lengths()))]
+        return torch.cat(pieces).double().mean()
+
+    def run(self):
+        options = ["--weights", self.weights, "--symbols", self.symbols, "--data-bin", self.data]
+        options += ["--save", self.save, "--codec", "words"]
+        options += [word for setting in self.settings for word in ("--set", setting)]
+        return commands.main(["import-weights", self.family, *map(str, options)])
+
+
+def family_weights(family, case, name):
+    """All bands of the head's weights or biases, one after another."""
+    prefix = "crit" if family == "transformer_xl" else "output_layer"
+    names = [f"param/{prefix}.out_layers.{i}.{name}" for i in range(9)]
+    return torch.cat([case[name] for name in names if name in case])
+
+
+def clusters(family, case):
+    return len(case["setting/cutoffs"]) if family == "srupp" else 0
+
+
+@pytest.fixture
+def make_adaptive(tmp_path):
+    def make(family, name=None, **options):
+        name = name or next(name for of, name in ADAPTIVE_CASES if of == family)
+        return AdaptiveImport(tmp_path, family, ADAPTIVE_CASES[family, name], **options)
+
+    return make
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("family, name", ADAPTIVE_CASES)
+def test_imported_words_have_the_published_losses(make_adaptive, family, name, shuffled):
+    """Each loss of every stream."""
+    imported = make_adaptive(family, name, shuffled=shuffled)
+    assert imported.run() == 0
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(imported.save)])
+    model.eval()
+    case = imported.case
+    pieces = golden.segments(imported.ids[case["tokens"].t().long()], imported.lengths())
+    for i, (inputs, targets) in enumerate(pieces):
+        with torch.no_grad():
+            losses, _ = model(inputs, segment=f"test:1:{i}", targets=targets)
+        torch.testing.assert_close(losses.t(), case[f"nll{i}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family, name", ADAPTIVE_CASES)
+def test_evaluation_of_imported_words_gives_the_published_score(
+    make_adaptive, tmp_path, monkeypatch, caplog, capsys, family, name
+):
+    imported = make_adaptive(family, name)
+    assert imported.run() == 0
+    out = capsys.readouterr().out
+    assert f"cutoffs={imported.case['setting/cutoffs'].tolist()}" in out
+    length, scores = str(int(imported.lengths()[0])), tmp_path / "scores.json"
+    argv = ["evaluate", imported.data, "--path", imported.save, "--cpu", "--json", scores]
+    assert commands.main([*map(str, argv), "--tokens-per-sample", length]) == 0
+    score = json.loads(scores.read_text())
+    assert score["tokens"] == imported.lengths().sum()
+    assert score["nats"] / score["tokens"] == pytest.approx(float(imported.nll()), abs=1e-5)
+    options = [imported.data, "--cpu", "--gen-subset", "test", "--tokens-per-sample", length]
+    options += ["--path", imported.save, "--codec", "words"]
+    text = in_process("eval_lm", monkeypatch, caplog, *options, task="segment_language_modeling")
+    bits = re.search(r"Loss \(base 2\): ([0-9.]+)", text).group(1)
+    assert float(bits) == pytest.approx(float(imported.nll()) / math.log(2), abs=1e-4)
+
+
+def test_validation_of_imported_words_has_the_criterion_for_it(
+    make_adaptive, monkeypatch, caplog, capsys
+):
+    imported = make_adaptive("srupp", "eval_mask")
+    imported.run()
+    options = ["--cpu", "--valid-subset", "test", "--batch-size", 1, "--path", imported.save]
+    in_process("validate", monkeypatch, caplog, imported.data, *options)
+    assert "valid on 'test' subset" in caplog.text + capsys.readouterr().out
+    config = torch.load(imported.save, weights_only=True)["cfg"]
+    assert config["criterion"]["_name"] == "cross_entropy_with_auxiliary_losses"
+
+
+def test_projections_of_billion_word_are_not_tied(make_adaptive):
+    """As in the published checkpoints: the input's differ from the head's."""
+    imported = make_adaptive("srupp", "base")
+    weights = torch.load(imported.weights, weights_only=True)
+    for name in list(weights):
+        if "emb_projs" in name:
+            weights[name] = torch.randn_like(weights[name])
+        if "emb_weights" in name:
+            del weights[name]  # a list of tensors, which torch does not save
+    torch.save(weights, imported.weights)
+    assert imported.run() == 0
+    saved = torch.load(imported.save, weights_only=True)
+    assert saved["cfg"]["model"]["tied_projections"] == "none"
+    for i in range(3):
+        for ours, reference in (
+            ("embedding.projections", "embedding_layer.emb_projs"),
+            ("head.projections", "output_layer.out_projs"),
+        ):
+            assert torch.equal(saved["model"][f"decoder.{ours}.{i}"], weights[f"{reference}.{i}"])
+
+
+def altered_weights(change):
+    """A change of the state dict of an :class:`AdaptiveImport`."""
+
+    def apply(imported):
+        weights = torch.load(imported.weights, weights_only=True)
+        change(weights)
+        torch.save(weights, imported.weights)
+
+    return apply
+
+
+def untie_r(weights):
+    for name in ("r_w_bias", "r_r_bias"):
+        weights[name] = torch.stack([weights[name]] * 2)
+
+
+def swapped_words(imported):
+    """Row 12 is the last of the first band."""
+    words = list(imported.words)
+    words[12], words[13] = words[13], words[12]
+    imported.write_data(words)
+
+
+def symbol_that_is_no_word(imported):
+    """Instead of one that the text does not have."""
+    used = set(imported.text.tolist())
+    row = next(row for row, token in enumerate(imported.ids.tolist()) if token not in used)
+    imported.write_symbols([*imported.words[:row], "<s>", *imported.words[row + 1 :]])
+
+
+def given(*settings):
+    """Settings instead of the right ones."""
+
+    def apply(imported):
+        names = {setting.partition("=")[0] for setting in settings}
+        kept = [s for s in imported.settings if s.partition("=")[0] not in names]
+        imported.settings = [*kept, *(s for s in settings if not s.endswith("="))]
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "family, name, change, message",
+    [
+        (
+            "srupp",
+            "base",
+            altered_weights(lambda w: w["embedding_layer.emb_weights.1"].add_(1)),
+            "'embedding_layer.emb_weights.1' differs from 'output_layer.out_layers.1.weight'",
+        ),
+        (
+            "srupp",
+            "base",
+            altered_weights(lambda w: w["embedding_layer.emb_weights.0"][-1].add_(1)),
+            "'embedding_layer.cluster_weight' differs from 'output_layer.cluster_weight'",
+        ),
+        (
+            "srupp",
+            "base",
+            altered_weights(lambda w: w["embedding_layer.emb_projs.2"].add_(1)),
+            "'embedding_layer.emb_projs.2' differs from 'output_layer.out_projs.2'",
+        ),
+        (
+            "transformer_xl",
+            "large_div4",
+            altered_weights(lambda w: w["crit.out_projs.1"].add_(1)),
+            "'crit.out_projs.1' differs from 'word_emb.emb_projs.1'",
+        ),
+        (
+            "transformer_xl",
+            "large_div4",
+            altered_weights(lambda w: w.pop("crit.out_projs.0")),
+            "lack 'crit.out_projs.0'",
+        ),
+        (
+            "transformer_xl",
+            "large_div4",
+            altered_weights(lambda w: w.pop("crit.cluster_bias")),
+            "lack 'crit.cluster_bias'",
+        ),
+        ("transformer_xl", "large_div4", altered_weights(untie_r), r"each layer \(untie_r\)"),
+        ("srupp", "base", swapped_words, "'wörd12' in band 2 .* have it in band 1"),
+        (
+            "srupp",
+            "base",
+            lambda i: i.write_data(i.words, padding_factor=8),
+            "its dictionary has 46 words with </s> and <unk>, the weights have 41",
+        ),
+        (
+            "srupp",
+            "base",
+            lambda i: i.write_data([*i.words, "other"]),
+            "dictionary has 42 words .* without padding",
+        ),
+        ("srupp", "base", lambda i: i.write_data(i.words[:-1]), "dictionary lacks 'wörd40'"),
+        (
+            "srupp",
+            "base",
+            lambda i: i.write_symbols(i.words[:-1]),
+            "symbols.txt: has 40 symbols, but the vocabulary of the weights has 41 rows",
+        ),
+        (
+            "srupp",
+            "base",
+            symbol_that_is_no_word,
+            "'<s>' is no word; </s> is the end of a line",
+        ),
+        ("transformer_xl", "base_div1", given("cutoffs="), "holds 4 bands of 41 words; give the 3"),
+        ("transformer_xl", "base_div1", given("cutoffs=12,20"), "give the 3 numbers of words"),
+        ("transformer_xl", "base_div1", given("cutoffs=12,20,41"), "give the 3 numbers of words"),
+        ("transformer_xl", "base_div1", given("cutoffs=few"), "--set .*cutoffs=few"),
+        (
+            "transformer_xl",
+            "large_div4",
+            given("cutoffs=[11,26]"),
+            r"--set cutoffs=\[11, 26\]: the shapes of the weights say \[11, 25\]",
+        ),
+        ("transformer_xl", "large_div4", given("div_val=2"), "the shapes of the weights say 4.0"),
+        ("transformer_xl", "large_div4", given("d_head=16"), "the shapes of the weights say 10"),
+        ("srupp", "base", given("attn_heads=5"), "--n-head 5"),
+        ("srupp", "base", given("attn_every_n_layers=2"), "the shapes of the weights say 1"),
+        (
+            "transformer_xl",
+            "large_div4",
+            given("tie_projs=[True,True,True]"),
+            "'crit.out_projs.0' differs from 'word_emb.emb_projs.0'; the two are tied",
+        ),
+        (
+            "transformer_xl",
+            "large_div4",
+            given("tie_projs=False,True"),
+            r"--set tie_projs=\[False, True\]: give one of True or False for each of 3 bands",
+        ),
+        ("transformer_xl", "large_div4", given("tie_projs=some"), "--set tie_projs=some: give one"),
+        ("transformer_xl", "large_div4", given("tie_projs=null"), "--set tie_projs=None: give one"),
+        ("transformer_xl", "base_div1", given("cutoffs=null"), "--set .*cutoffs=null"),
+        ("transformer_xl", "base_div1", given("clamp_len=null"), "--set .*clamp_len=null"),
+        ("srupp", "base", given("attn_heads=many"), "--set .*attn_heads=many"),
+    ],
+)
+def test_what_does_not_fit_an_adaptive_softmax_is_named(
+    make_adaptive, capsys, family, name, change, message
+):
+    imported = make_adaptive(family, name)
+    change(imported)
+    assert imported.run() == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.count("\n") == 1 and not imported.save.exists()
+
+
+def test_a_softmax_without_bands_takes_no_cutoffs(make):
+    imported = make("transformer_xl", first("transformer_xl"))
+    with pytest.raises(UserError, match="--set cutoffs=.*the shapes of the weights say"):
+        import_weights(*imported.arguments(), ["cutoffs=[3]"])
+
+
+def test_a_whole_model_is_refused_with_what_to_do(make_adaptive, capsys):
+    imported = make_adaptive("transformer_xl")
+    torch.save(nn.Linear(2, 2), imported.weights)
+    assert imported.run() == 1
+    expected = rf"save the weights .* torch.save\(torch.load\('{imported.weights}'\).state_dict"
+    assert re.search(expected, capsys.readouterr().err)
+
+
+#: Of the published SRU++ checkpoints, for bytes and for words.
+SRUPP_NAMES = [
+    r"rnn\.rnn_lst\.\d+\.(weight_c|bias)",
+    r"rnn\.rnn_lst\.\d+\.layer_norm\.(weight|bias)",
+    r"rnn\.rnn_lst\.\d+\.transform_module\.(linear[123]\.weight|alpha)",
+    r"rnn\.rnn_lst\.\d+\.transform_module\.layer_norm\.(weight|bias)",
+]
+SRUPP_BYTES = [r"embedding_layer\.weight", r"output_layer\.(weight|bias)"]
+SRUPP_WORDS = [
+    r"output_layer\.out_layers\.\d\.(weight|bias)",
+    r"output_layer\.out_projs\.\d",
+    r"embedding_layer\.emb_(weights|projs)\.\d",
+]
+
+
+@pytest.mark.parametrize(
+    "names, vocabulary",
+    [
+        (state_dict("srupp", CASES["srupp", "two_heads_some_layers"]), SRUPP_BYTES),
+        (adaptive_state_dict("srupp", ADAPTIVE_CASES["srupp", "eval_mask"]), SRUPP_WORDS),
+    ],
+    ids=["bytes", "words"],
+)
+def test_tests_of_srupp_have_every_published_name(names, vocabulary):
+    """The imports above would not notice a name that none of them has."""
+    patterns = [*SRUPP_NAMES, r"rnn\.rnn_lst\.\d+\.scale_x", *vocabulary]
+    assert all(any(re.fullmatch(pattern, name) for pattern in patterns) for name in names)
+    for pattern in [*SRUPP_NAMES, *vocabulary]:
+        assert any(re.fullmatch(pattern, name) for name in names), pattern

@@ -5,9 +5,12 @@
 
 FILE of --weights is a state dict under the reference's names, saved by torch. FILE of --symbols
 lists what the rows of its vocabulary stand for, one symbol a line. With --codec bytes, these are
-decimal byte values, 10 for newline; with --codec words, they are words, </s> for the end of a line
-and <unk> for unknown words. Sizes are read off the shapes of the tensors; --set gives what no shape
-shows. Symbols of the data folder that are missing from the weights get probability zero.
+decimal byte values, 10 for newline; with --codec words, they are words, </s>, <eos> or <S> for the
+end of a line and <unk> or <UNK> for unknown words. Sizes are read off the shapes of the tensors;
+--set gives what no shape shows, under the reference's names: --set mem_len=640 --set clamp_len=400,
+or lists: --set cutoffs=20000,40000,200000. Symbols of the data folder that are missing from the
+weights get probability zero. An adaptive softmax has no place for such symbols, and needs a data
+folder whose dictionary is in the order of the weights.
 """
 
 
@@ -25,7 +28,11 @@ def add_arguments(parser):
         help="what symbols are (default: %(default)s)",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the config"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the reference",
     )
 
 
@@ -35,10 +42,14 @@ def run(args):
 
     logging.getLogger().setLevel(logging.WARNING)  # fairseq makes the log of all packages verbose
     from fairseq_sha import weights_import
+    from fairseq_sha.models.embeddings import AdaptiveConfig
 
     family = weights_import.family(args.family)
     cfg = weights_import.import_weights(
         args.family, args.weights, args.symbols, args.data_bin, args.save, args.set, args.codec
     )
-    settings = " ".join(f"{field}={cfg[field]}" for field in family.published.settings)
+    fields = dict.fromkeys(setting.field for setting in family.published.settings.values())
+    if not getattr(cfg, "cutoffs", []):
+        fields = [field for field in fields if field not in vars(AdaptiveConfig())]
+    settings = " ".join(f"{field}={cfg[field]}" for field in fields)
     print(f"{args.save}: {args.family} with {settings}, for {args.data_bin}")

@@ -16,7 +16,12 @@ from fairseq_sha.checks import (
 )
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.family import Size, Tiny, register_family
-from fairseq_sha.models.published_weights import PublishedWeights, num_layers, shape_of
+from fairseq_sha.models.published_weights import (
+    PublishedWeights,
+    num_layers,
+    same_settings,
+    shape_of,
+)
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
 from fairseq_sha.ops import dropout, masked_softmax, next_memory, skew
@@ -268,7 +273,7 @@ PUBLISHED = PublishedWeights(
         "norm2": "norm_feed_forward",
     },
     vocabulary=("embedding.weight", "head.weight", "head.bias"),
-    settings=("n_head", "attn_span", "adapt_span_ramp"),
+    settings=same_settings("n_head", "attn_span", "adapt_span_ramp"),
     sizes=_sizes,
     constant=_constant,
     singletons=r"^key_pe$|\.current_val$",

@@ -1,12 +1,15 @@
 """How the reference implementation of a model family names and shapes its weights."""
 
 import re
-from dataclasses import dataclass
-from typing import Callable, Dict, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import torch
 
 from fairseq_sha.errors import UserError
+
+#: Our names of the parameters with a row for each symbol of a band or of all, which may be tied.
+TABLE = r"(embedding|head)\.(weight|tail_weights\.\d+)$"
 
 
 def _no_other_tensors(name, weights):
@@ -15,6 +18,24 @@ def _no_other_tensors(name, weights):
 
 def _as_they_are(weights, settings):
     return dict(weights)
+
+
+def _same_value(value, sizes):
+    return value
+
+
+class Setting(NamedTuple):
+    """What becomes of a value that the user gives under the reference's name."""
+
+    #: The field of the config that it sets.
+    field: str
+    #: From the reference's value and :attr:`PublishedWeights.sizes` to the field's value.
+    convert: Callable[[Any, Dict[str, Any]], Any] = _same_value
+
+
+def same_settings(*names):
+    """Settings that the reference and the config call and write alike."""
+    return {name: Setting(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -34,14 +55,16 @@ class PublishedWeights:
     vocabulary: Tuple[str, ...]
     #: From weights to the fields of the config that their shapes show.
     sizes: Callable
-    #: Fields of the config that the user may give: what no shape shows, and what may be checked.
-    settings: Tuple[str, ...] = ()
+    #: What the user may give, by the reference's names: what no shape shows, and what may be
+    #: checked.
+    settings: Dict[str, Setting] = field(default_factory=dict)
     #: From a name and the weights to the value that a tensor without a parameter of ours must have;
     #: None for all others.
     constant: Callable = _no_other_tensors
     #: Matches the names of tensors that have dimensions of size 1 which ours lack.
     singletons: str = "$^"
-    #: From weights and the user's settings, a dict, to the same weights in our layout.
+    #: From weights and the user's settings, a dict by the reference's names, to the same weights in
+    #: our layout.
     prepare: Callable = _as_they_are
 
     def our_name(self, name):
@@ -68,6 +91,15 @@ class PublishedWeights:
             if layer is not None and (rest + ".").startswith(ours + "."):
                 return f"{self.layer_prefix}.{layer}.{reference}{rest[len(ours) :]}"
         raise KeyError(name)
+
+    def num_rows(self, weights):
+        """How many symbols prepared weights have rows for, in all bands together."""
+        rows = {}
+        for name, value in weights.items():
+            match = re.match(TABLE, self.our_name(name) or "")
+            if match:
+                rows[match[2]] = value.dim() and len(value)
+        return sum(rows.values())
 
     def convert(self, weights, shapes, tied):
         """The weights under our names.
@@ -174,29 +206,62 @@ def adaptive_names(tables, projections, layers, layer_projections):
 
 def adaptive_sizes(weights, width, tied_projections, names):
     """The fields of an :class:`~fairseq_sha.models.embeddings.AdaptiveConfig` that prepared weights
-    show; none for a single band.
+    show.
 
     Args:
         weights (dict): tensors by the reference's names
         width (int): ``H``
-        tied_projections (str): as the reference ties them, unless every one differs
+        tied_projections (str): as the reference ties them, unless each projection is there twice
+            and all are the same or none
         names (tuple of str): the arguments of :func:`adaptive_names`
     """
     tables, projections, layers, layer_projections = names
     shapes = []
     for i in range(MAX_BANDS):
         tied = (f"{layers}.{i}.weight", f"{tables}.{i}.weight", f"{tables}.{i}")
-        shapes += [weights[name].shape for name in tied if name in weights][:1]
+        shapes += [shape_of(weights, name, 2) for name in tied if name in weights][:1]
     if len(shapes) < 2:
-        return {}
-    pairs = [(f"{projections}.{i}", f"{layer_projections}.{i}") for i in range(len(shapes))]
-    pairs = [(weights[a], weights[b]) for a, b in pairs if a in weights and b in weights]
-    if len(pairs) == len(shapes) and not any(torch.equal(a, b) for a, b in pairs):
-        tied_projections = "none"
+        return {"cutoffs": []}
     rows, widths = zip(*shapes)
-    return {
+    sizes = {
         "cutoffs": [sum(rows[: i + 1]) for i in range(len(rows) - 1)],
-        "div_val": widths[0] / widths[1],
+        "div_val": _div_val(widths),
         "embedding_width": 0 if widths[0] == width else widths[0],
-        "tied_projections": tied_projections,
     }
+    pairs = [(f"{projections}.{i}", f"{layer_projections}.{i}") for i in range(len(shapes))]
+    if any(name in weights for pair in pairs for name in pair):
+        both = all(name in weights for pair in pairs for name in pair)
+        same = {torch.equal(weights[a], weights[b]) for a, b in pairs} if both else set()
+        known = {(False,): "none", (True,): "all"}
+        sizes["tied_projections"] = known.get(tuple(same), tied_projections)
+    return sizes
+
+
+def _div_val(widths):
+    """By what the bands' widths are divided: a whole number if one makes these widths."""
+    div_val = widths[0] / max(widths[1], 1)
+    whole = round(div_val)
+    if whole > 0 and all(int(widths[0] // whole**i) == width for i, width in enumerate(widths)):
+        return float(whole)
+    return div_val
+
+
+def _tied_projections(value, sizes):
+    """Of a config, for the reference's ``tie_projs``: whether each band's projection is tied."""
+    bands = len(sizes["cutoffs"]) + 1
+    forms = {"all": [True], "tails": [False, True], "none": [False]}
+    given = list(value) if hasattr(value, "__iter__") else [value]
+    for form, pattern in forms.items():
+        if given == (pattern + pattern[-1:] * bands)[:bands]:
+            return form
+    raise UserError(
+        f"--set tie_projs={value}: give one of True or False for each of {bands} bands; the first "
+        "may differ from the others, which are alike"
+    )
+
+
+#: What the user may say of an adaptive input and softmax.
+ADAPTIVE_SETTINGS = {
+    **same_settings("cutoffs", "div_val"),
+    "tie_projs": Setting("tied_projections", _tied_projections),
+}

@@ -16,6 +16,7 @@ from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.published_weights import (
     PublishedWeights,
     num_layers,
+    same_settings,
     shape_of,
     split_layer,
 )
@@ -234,7 +235,7 @@ PUBLISHED = PublishedWeights(
         "attn.vq.l1": "attention.value_gate.linear",
     },
     vocabulary=("embedding.weight", "head.bias"),
-    settings=("window",),
+    settings=same_settings("window"),
     sizes=_sizes,
     constant=_constant,
     singletons=r"\.attn\.[qkv]s$",

@@ -13,10 +13,13 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.models.embeddings import AdaptiveConfig, bands
 from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.published_weights import (
+    ADAPTIVE_SETTINGS,
     PublishedWeights,
+    Setting,
     adaptive_names,
     adaptive_sizes,
     num_layers,
+    same_settings,
     shape_of,
 )
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
@@ -188,10 +191,10 @@ def _prepare(weights, settings):
         if re.search(r"\.(weight_c|bias)$", name) and "rnn_lst" in name and value.dim() == 1:
             if "layer_norm" not in name and len(value) % 2 == 0:
                 value = value.unflatten(0, (2, -1))
-        if clusters and re.search(r"\.(out_layers|emb_weights)\.0\b", name):
+        first_band = re.match(r"(\w+_layer)\.(out_layers\.0\.(weight|bias)|emb_weights\.0)$", name)
+        if first_band and clusters and value.dim() > 0 and len(value) > clusters:
             value, rows = value.tensor_split([len(value) - clusters])
-            if name.startswith("output_layer."):
-                prepared[f"output_layer.cluster_{name.rpartition('.')[2]}"] = rows.flip(0)
+            prepared[f"{first_band[1]}.cluster_{first_band[3] or 'weight'}"] = rows.flip(0)
         prepared[name] = value
     return prepared
 
@@ -230,6 +233,7 @@ PUBLISHED = PublishedWeights(
     whole_names={
         **adaptive_names(*ADAPTIVE_NAMES),
         "output_layer.cluster_weight": "head.cluster_weight",
+        "embedding_layer.cluster_weight": "head.cluster_weight",
         "output_layer.cluster_bias": "head.cluster_bias",
         "embedding_layer.weight": "embedding.weight",
         "output_layer.weight": "head.weight",
@@ -246,7 +250,12 @@ PUBLISHED = PublishedWeights(
         "transform_module.linear3": "expand",
     },
     vocabulary=("embedding.weight", "head.weight", "head.bias"),
-    settings=("n_head", "attn_every_n_layers", "eval_unroll"),
+    settings={
+        **same_settings("n_head", "attn_every_n_layers", "eval_unroll"),
+        "attn_heads": Setting("n_head"),
+        "eval_unroll_size": Setting("eval_unroll"),
+        **ADAPTIVE_SETTINGS,
+    },
     sizes=_sizes,
     constant=_constant,
     prepare=_prepare,

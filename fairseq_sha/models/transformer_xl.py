@@ -12,10 +12,13 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.models.embeddings import AdaptiveConfig, bands
 from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.published_weights import (
+    ADAPTIVE_SETTINGS,
     PublishedWeights,
+    Setting,
     adaptive_names,
     adaptive_sizes,
     num_layers,
+    same_settings,
     shape_of,
 )
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
@@ -246,21 +249,28 @@ def _prepare(weights, settings):
     prepared = dict(weights)
     if "crit.cluster_weight" not in weights:
         return prepared
-    for name in ("crit.cluster_weight", "crit.cluster_bias"):
+    bands = shape_of(weights, "crit.cluster_weight", 2)[0] + 1
+    for name, dimensions in (("crit.cluster_weight", 2), ("crit.cluster_bias", 1)):
+        shape_of(weights, name, dimensions)
         prepared[name] = weights[name].flip(0)
-    bands = len(weights["crit.cluster_weight"]) + 1
     tables, _, layers, _ = ADAPTIVE_NAMES
-    for name in (f"{tables}.{{}}.weight", f"{layers}.{{}}.weight", f"{layers}.{{}}.bias"):
+    for prefix, end, dimensions in (
+        (tables, "weight", 2),
+        (layers, "weight", 2),
+        (layers, "bias", 1),
+    ):
+        name = f"{prefix}.{{}}.{end}"
         if name.format(0) not in weights or name.format(1) in weights:
             continue
+        shape_of(weights, name.format(0), dimensions)
         table = prepared.pop(name.format(0))
         cutoffs = list(settings.get("cutoffs", []))
-        if len(cutoffs) != bands - 1 or not all(
-            i < j for i, j in zip([0, *cutoffs], [*cutoffs, len(table)])
-        ):
+        edges = [0, *cutoffs, len(table)]
+        if len(cutoffs) != bands - 1 or any(i >= j for i, j in zip(edges, edges[1:])):
             raise UserError(
                 f"{name.format(0)!r} holds {bands} bands of {len(table):,} words; give the "
-                f"{bands - 1} numbers of words before each but the first with --set cutoffs=[...]"
+                f"{bands - 1} numbers of words before each but the first with --set cutoffs=..., "
+                "such as 20000,40000,200000"
             )
         for i, band in enumerate(table.tensor_split(cutoffs)):
             prepared[name.format(i)] = band
@@ -268,13 +278,18 @@ def _prepare(weights, settings):
 
 
 def _sizes(weights):
+    if "r_w_bias" in weights and weights["r_w_bias"].dim() == 3:
+        raise UserError(
+            "'r_w_bias' has biases for each layer (untie_r), but the layers of this model share "
+            "them; only weights trained without untie_r can be imported"
+        )
     n_head, d_head = shape_of(weights, "r_w_bias", 2)
     width = shape_of(weights, "layers.0.dec_attn.o_net.weight", 2)[0]
     return {
         "width": width,
         "num_layers": num_layers(weights, "layers"),
         "n_head": n_head,
-        "d_head": 0 if n_head * d_head == width else d_head,
+        "d_head": d_head,
         "d_inner": shape_of(weights, "layers.0.pos_ff.CoreNet.0.weight", 2)[0],
         **adaptive_sizes(weights, width, "tails", ADAPTIVE_NAMES),
     }
@@ -308,7 +323,11 @@ PUBLISHED = PublishedWeights(
         "pos_ff.layer_norm": "norm_feed_forward",
     },
     vocabulary=("embedding.weight", "head.bias"),
-    settings=("n_head", "mem_len", "clamp_len", "same_length"),
+    settings={
+        **same_settings("n_head", "mem_len", "same_length", "d_head"),
+        "clamp_len": Setting("clamp_len", lambda value, sizes: 0 if value == -1 else value),
+        **ADAPTIVE_SETTINGS,
+    },
     sizes=_sizes,
     constant=_constant,
     prepare=_prepare,

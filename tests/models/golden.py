@@ -1,14 +1,9 @@
 """How a model is checked against numbers of the published implementations."""
 
-import re
-
 import torch
 from omegaconf import OmegaConf
 
 from tests.conftest import dictionary_of
-
-#: Our names of the parameters with a row for each symbol of a band or of all, which may be tied.
-TABLE = r"(embedding|head)\.(weight|tail_weights\.\d+)$"
 
 
 def parameters(case):
@@ -30,10 +25,8 @@ def build(family, decoder, case, **fields):
     no_dropout = {name: 0.0 for name in vars(family.config()) if name.startswith("drop")}
     cfg = family.config(**{**no_dropout, **published.sizes(weights), **fields})
     # The reference has as many rows as symbols; with bands, those before </s> have none.
-    named = [(re.match(TABLE, published.our_name(name) or ""), v) for name, v in weights.items()]
-    symbols = sum({match[2]: len(value) for match, value in named if match}.values())
     missing = dictionary_of(0).eos() if getattr(cfg, "cutoffs", []) else 0
-    model = decoder(OmegaConf.structured(cfg), dictionary_of(symbols + missing))
+    model = decoder(OmegaConf.structured(cfg), dictionary_of(published.num_rows(weights) + missing))
     shapes = {name: p.shape for name, p in model.named_parameters()}
     model.load_state_dict(published.convert(weights, shapes, model.tied_parameters()))
     return model
