@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
-from fairseq_sha import UserError
+from fairseq_sha import UserError, compatibility
 from fairseq_sha.models.sha_rnn import SHARNN
 from tests.commands import REPOSITORY, command, hydra_train, logged_losses
 from tests.options import SHA_RNN
@@ -83,6 +83,7 @@ class RunsCode:
 
 
 def test_checkpoint_that_would_run_code_is_refused(tmp_path):
+    compatibility.apply()
     trace = tmp_path / "ran"
     torch.save({"model": RunsCode(str(trace))}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="checkpoint.pt: not a checkpoint that fairseq wrote"):
