@@ -5,12 +5,13 @@
 #   make test-312        make test on Python 3.12
 #   make test-upstream   all tests except the slow ones with upstream fairseq 0.12.2 on Python 3.8
 #   make bench           speed and memory of every part, as tables in runs/bench.md
+#   make tokenization    the same text as bytes, pieces and words, compared
 #   make bench-growth    how time and memory grow, as a picture in runs/growth.png
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-312 test-upstream has-python38 lint bench bench-growth clean
+.PHONY: demo test test-long test-312 test-upstream has-python38 lint bench bench-growth tokenization clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -101,6 +102,20 @@ test-upstream: $(VENV38)/installed
 	OMP_NUM_THREADS=1 $(VENV38)/bin/python -m pytest $(PYTEST_OPTIONS) tests -m "not long"
 
 BENCHMARKS := optimizer train_step steps adaptive_span recurrences generation
+# The same text as bytes, pieces and words; see examples/tokenization/README.md.
+TOKENIZATIONS = enwiki6-text enwiki6-pieces1000 enwiki6-pieces8000 enwiki6-words
+data-bin/enwiki6-text/dict.txt: KIND = bytes
+data-bin/enwiki6-words/dict.txt: KIND = words
+data-bin/enwiki6-pieces1000/dict.txt: KIND = pieces --vocabulary 1000
+data-bin/enwiki6-pieces8000/dict.txt: KIND = pieces --vocabulary 8000
+$(TOKENIZATIONS:%=data-bin/%/dict.txt): | $(VENV)/installed $(DATA)/dict.txt
+	$(BIN)/python preprocess/enwiki6_text.py --as $(KIND) --dest $(@D)
+
+tokenization: $(TOKENIZATIONS:%=data-bin/%/dict.txt)
+	$(BIN)/fairseq-sha compare --configs $(wildcard examples/tokenization/*.yaml) --updates 1600 --seeds 1 2 3 \
+	  --out runs/tokenization
+	$(BIN)/python examples/tokenization/report.py --run runs/tokenization --cpu
+
 bench: $(VENV)/installed
 	mkdir -p runs
 	for name in $(BENCHMARKS); do \

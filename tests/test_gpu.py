@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from fairseq_sha.commands import compress
+from fairseq_sha.compression import compress, decompress
 from fairseq_sha.models.adaptive_span import AdaptiveSpanDecoder
 from fairseq_sha.modules import LSTM
 from fairseq_sha.ops import attend, causal_bias, dropout, linear_recurrence, lstm, sru
@@ -229,4 +229,4 @@ def test_trained_model_on_the_gpu(checkpoints, family):
         torch.as_tensor(gpu.bits(written)), torch.as_tensor(cpu.bits(written)), atol=1e-3, rtol=1e-3
     )
     assert gpu.sample("abc", max_len_b=40) == cpu.sample("abc", max_len_b=40)
-    assert compress.decompress(gpu, compress.compress(gpu, written)) == written
+    assert decompress(gpu, compress(gpu, written)) == written

@@ -65,7 +65,8 @@ class ByteDictionary(Dictionary):
     def decode(self, tokens):
         """Bytes of a sequence of token ids. Ids that stand for no byte are left out."""
         values = np.array([-1 if value is None else value for value in self.bytes_by_id()])
-        decoded = values[np.asarray(tokens, dtype=np.int64)]
+        # Through torch, since generation on a GPU leaves them there.
+        decoded = values[torch.as_tensor(tokens, dtype=torch.long).cpu().numpy()]
         return decoded[decoded >= 0].astype(np.uint8).tobytes()
 
     def encode_line(self, line, *_, **__):
