@@ -1,8 +1,6 @@
 """What tokenization does to the score: tables and a picture of finished runs.
 
-    fairseq-sha compare --configs examples/tokenization/*.yaml --updates 1600 --seeds 1 2 3 \\
-        --out runs/tokenization
-    python examples/tokenization/report.py --run runs/tokenization
+    make tokenization
 
 Writes report.md, report.json and entropy.png into the folder of the runs. The cost of each token of
 the test split is computed once from each checkpoint and kept beside it.
@@ -127,7 +125,6 @@ def summarise(runs, baseline):
         "bits_per_word": {name: float(value / words) for name, value in total.items()},
         "bits_by_place": [float(value) for value in by_place],
         "text_read": results[0]["bytes"],
-        "training_tokens": results[0]["updates"] * results[0]["bytes"],
     }
 
 
@@ -156,10 +153,13 @@ def report(content):
     sizes = {(content[name]["bytes"], content[name]["words"]) for name in LOSSLESS}
     counted = " or ".join(f"{b:,} bytes and {w:,} words" for b, w in sorted(sizes, reverse=True))
     words = content["words"]
+    seeds = "; ".join(
+        f"{name} {', '.join(map(str, row['seeds']))}" for name, row in content.items()
+    )
     lines += [
         "",
-        f"Means over seeds {', '.join(map(str, words['seeds']))}, with bootstrap intervals of 95 % "
-        "over seeds and blocks of 10,000 bytes.",
+        "Means over seeds, with bootstrap intervals of 95 % over seeds and blocks of 10,000 bytes "
+        f"(seeds: {seeds}). With one seed, the interval says nothing about another training.",
         f"Denominators: {counted}. They differ by the first token, which is not predicted.",
         "",
         "| bits per word | " + " | ".join(PARTS) + " | together |",
