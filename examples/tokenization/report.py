@@ -9,6 +9,7 @@ the test split is computed once from each checkpoint and kept beside it.
 import argparse
 import io
 import json
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,7 @@ def draw(content):
     """Left, where the bits of a word are spent; right, bits by place in the word."""
     from matplotlib.figure import Figure
 
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq makes all logs verbose
     figure = Figure(figsize=(10, 4), constrained_layout=True)
     left, right = figure.subplots(1, 2)
     bottom = np.zeros(len(LOSSLESS))
@@ -195,7 +197,8 @@ def draw(content):
         left.bar(LOSSLESS, heights, bottom=bottom, label=part)
         bottom += heights
     left.set(ylabel="bits per word", title="where the bits of a word are spent")
-    left.legend()
+    left.set_ylim(0, 1.3 * bottom.max())  # room for the legend
+    left.legend(loc="upper right")
     for name in LOSSLESS:
         values = content[name]["bits_by_place"]
         right.plot(range(1, len(values) + 1), values, "o-", label=name)
