@@ -25,12 +25,12 @@ def interval(bits, size, baseline=None, confidence=0.95, seed=0):
     random = np.random.RandomState(seed)
     models = [np.asarray(bits, float), *([] if baseline is None else [np.asarray(baseline, float)])]
     blocks = models[0].shape[1]
+    # How often each block was drawn, the same for both models.
     drawn = random.randint(blocks, size=(REPEATS, blocks))
+    weights = np.stack([np.bincount(row, minlength=blocks) for row in drawn])
     values, center = 0.0, 0.0
     for sign, model in zip((1, -1), models):
         seeds = random.randint(len(model), size=(REPEATS, len(model)))
-        # How often each block was drawn, and the mean over the drawn seeds.
-        weights = np.stack([np.bincount(row, minlength=blocks) for row in drawn])
         chosen = np.stack([np.bincount(row, minlength=len(model)) for row in seeds]) / len(model)
         values = values + sign * np.einsum("rs,sb,rb->r", chosen, model, weights)
         center = center + sign * model.mean(0).sum()
