@@ -116,7 +116,8 @@ class SegmentIterator(EpochBatchIterator):
             check_codec(state_dict, self.codec)
         saved, own = state_dict.get("segmentation"), self.dataset.segmentation()
         if saved != own:
-            different = [k for k in own if saved is None or saved.get(k) != own[k]]
+            before = saved or {}
+            different = [k for k in {**before, **own} if before.get(k) != own.get(k)]
             logger.warning(
                 "the checkpoint was written with another %s; beginning epoch %d again, with no "
                 "carried state",

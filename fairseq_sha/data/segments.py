@@ -105,12 +105,12 @@ class _Batches(FairseqDataset, abc.ABC):
         for row, (first, context, count) in enumerate(rows):
             if count == 0:
                 continue
-            # Prediction i reads token i and has token i + 1 as its target.
-            tokens = self.corpus.tokens[first - context : first + count + self.num_targets]
-            inputs[row, : context + count] = tokens[: context + count]
-            for k in range(self.num_targets):
-                ahead = tokens[context + 1 + k : context + 1 + k + count]
-                targets[k, row, context : context + len(ahead)] = ahead
+            # Prediction i reads token i and has token i + 1 as its target. A row that reaches the
+            # end of the corpus goes on at its beginning.
+            until_end = min(count, len(self.corpus) - first)
+            self._fill(inputs[row], targets[:, row], 0, first, context, until_end)
+            if until_end < count:
+                self._fill(inputs[row], targets[:, row], until_end, 0, 0, count - until_end)
         worth = {}
         if self.words is not None:
             worth["nbytes"] = int(self.bytes_per_token[targets[0]].sum())
@@ -131,6 +131,15 @@ class _Batches(FairseqDataset, abc.ABC):
             "target": targets[0],
         }
 
+    def _fill(self, inputs, targets, column, first, context, count):
+        """Write predictions ``first`` to ``first + count`` into a row, from ``column`` on, with the
+        ``context`` positions before them."""
+        tokens = self.corpus.tokens[first - context : first + count + self.num_targets]
+        inputs[column : column + context + count] = tokens[: context + count]
+        for k in range(self.num_targets):
+            ahead = tokens[context + 1 + k : context + 1 + k + count]
+            targets[k, column + context : column + context + len(ahead)] = ahead
+
     def collater(self, samples):
         """An item is a batch already."""
         (batch,) = samples
@@ -149,7 +158,9 @@ class SegmentDataset(_Batches):
         batch_size (int): streams of each worker
         tokens_per_sample (int): segment length in tokens
         random_lengths (bool): draw segment lengths at random, from seed and epoch alone
-        seed (int): for random lengths
+        random_start (bool): begin the epoch at a random place, drawn from seed and epoch alone, and
+            read the corpus as a cycle; its first token is never predicted
+        seed (int): for random lengths and starts
         num_shards (int): workers that share the corpus; there are ``batch_size * num_shards``
             streams in all
         shard (int): which of them this is
@@ -165,6 +176,7 @@ class SegmentDataset(_Batches):
         batch_size,
         tokens_per_sample,
         random_lengths=False,
+        random_start=False,
         seed=1,
         num_shards=1,
         shard=0,
@@ -176,6 +188,7 @@ class SegmentDataset(_Batches):
         self.batch_size = batch_size
         self.tokens_per_sample = tokens_per_sample
         self.random_lengths = random_lengths
+        self.random_start = random_start
         self.seed = seed
         self.num_streams = batch_size * num_shards
         bounds = stream_bounds(len(corpus), self.num_streams)
@@ -185,6 +198,8 @@ class SegmentDataset(_Batches):
         self.offsets = np.append(0, lengths.cumsum())
         self.first_stream = shard * batch_size
         self.bounds = bounds[self.first_stream : self.first_stream + batch_size + 1]
+        starts = np.random.RandomState([seed, epoch, 1])
+        self.start = int(starts.randint(len(corpus))) if random_start else 0
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -196,7 +211,9 @@ class SegmentDataset(_Batches):
             "number of streams": self.num_streams,
             "segment length": self.tokens_per_sample,
             "choice of random segment lengths": self.random_lengths,
-            "seed": self.seed if self.random_lengths else None,
+            "seed": self.seed if self.random_lengths or self.random_start else None,
+            # Absent in checkpoints of versions without this choice.
+            **({"choice of random starts": True} if self.random_start else {}),
         }
 
     def length(self, index):
@@ -206,6 +223,7 @@ class SegmentDataset(_Batches):
         length = self.length(index)
         firsts = self.bounds[:-1] + self.offsets[index]
         counts = (self.bounds[1:] - firsts).clip(0, length)
+        firsts = (self.start + firsts) % len(self.corpus)
         return [(int(first), 0, int(count)) for first, count in zip(firsts, counts)]
 
     def __getitem__(self, index):

@@ -76,6 +76,13 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
             "as the published SHA-RNN training does"
         },
     )
+    random_start: bool = field(
+        default=False,
+        metadata={
+            "help": "begin each training epoch at a random place of the corpus, drawn from the "
+            "seed, and go on at its beginning after its end"
+        },
+    )
     save_carried_state: ChoiceEnum(["auto", "always", "never"]) = field(
         default="auto",
         metadata={
@@ -552,6 +559,7 @@ class SegmentLanguageModelingTask(FairseqTask):
                 batch_size=max_sentences,
                 tokens_per_sample=self.cfg.tokens_per_sample,
                 random_lengths=self.cfg.random_segment_lengths,
+                random_start=self.cfg.random_start,
                 seed=self.cfg.seed,
                 num_shards=num_shards,
                 shard=shard_id,

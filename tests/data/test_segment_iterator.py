@@ -41,7 +41,9 @@ def corpus(tmp_path_factory):
     return Corpus(write_split(text(1000), tmp_path_factory.mktemp("data")))
 
 
-def iterator(corpus, batch_size=4, tokens_per_sample=20, num_shards=1, shard=0, **options):
+def iterator(
+    corpus, batch_size=4, tokens_per_sample=20, num_shards=1, shard=0, random_start=False, **options
+):
     dataset = SegmentDataset(
         corpus,
         "train",
@@ -51,6 +53,7 @@ def iterator(corpus, batch_size=4, tokens_per_sample=20, num_shards=1, shard=0, 
         tokens_per_sample=tokens_per_sample,
         num_shards=num_shards,
         shard=shard,
+        random_start=random_start,
     )
     options = {"reference": torch.zeros(1), **options}
     return SegmentIterator(dataset, carried=Carried(batch_size), **options)
@@ -138,7 +141,12 @@ def test_another_corpus_of_the_same_length_begins_the_epoch_again(corpus, caplog
 
 
 @pytest.mark.parametrize(
-    "changed, named", [(dict(batch_size=5), "streams"), (dict(tokens_per_sample=21), "length")]
+    "changed, named",
+    [
+        (dict(batch_size=5), "streams"),
+        (dict(tokens_per_sample=21), "length"),
+        (dict(random_start=True), "starts"),
+    ],
 )
 def test_another_segmentation_begins_the_epoch_again(corpus, caplog, changed, named):
     resumed = iterator(corpus, **changed)
@@ -147,6 +155,9 @@ def test_another_segmentation_begins_the_epoch_again(corpus, caplog, changed, na
     assert named in caplog.text and "beginning epoch 1 again" in caplog.text
     assert resumed.carried.restored is None
     assert next_segment(resumed) == "train:1:0"
+    back = iterator(corpus)
+    back.load_state_dict(state_after(resumed, 3))
+    assert caplog.text.count(named) == 2
 
 
 def test_dummy_batch_has_no_identity(corpus):

@@ -36,6 +36,7 @@ sizes = {
     "num_shards": st.integers(1, 3),
     "tokens_per_sample": st.integers(1, 70),
     "random_lengths": st.booleans(),
+    "random_start": st.booleans(),
     "seed": st.integers(0, 5),
     "epoch": st.integers(1, 4),
 }
@@ -84,7 +85,10 @@ def test_a_stream_reads_on_where_it_stopped(**options):
         for row_inputs, row_targets in zip(inputs, targets):
             count = int((row_targets != PAD).sum())
             assert (row_targets[count:] == PAD).all()
-            assert (np.diff(row_inputs[:count]) == 1).all()
+            ahead = np.diff(row_inputs[:count])
+            # From the last prediction of the corpus to the first.
+            assert ((ahead == 1) | (ahead == 2 - options["num_tokens"])).all()
+            assert options["random_start"] or (ahead == 1).all()
             assert (row_targets[:count] == row_inputs[:count] + 1).all()
 
 
@@ -134,6 +138,16 @@ def test_random_segment_lengths_depend_on_seed_and_epoch_alone():
     assert lengths(1, 1) == lengths(1, 1)
     assert lengths(1, 1) != lengths(1, 2)
     assert lengths(1, 1) != lengths(2, 1)
+
+
+def test_random_start_depends_on_seed_and_epoch_alone():
+    def first(seed, epoch, shards=1):
+        options = dict(num_tokens=3000, batch_size=2, tokens_per_sample=50, random_start=True)
+        dataset = workers(num_shards=shards, seed=seed, epoch=epoch, **options)[0]
+        return int(dataset[0]["net_input"]["src_tokens"][0, 0])
+
+    assert first(1, 1) == first(1, 1) == first(1, 1, shards=2)
+    assert len({first(seed, epoch) for seed in range(5) for epoch in (1, 2)}) == 10
 
 
 def test_identity_survives_its_string():
