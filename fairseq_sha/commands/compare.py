@@ -13,6 +13,12 @@ A budget in seconds of training is converted into updates once, by training each
 time; one in bytes by the mean number of tokens per update on one device, and, unless tokens are
 bytes, by how many bytes they stand for in that time.
 
+With --space, each model is tuned first: its recipe and --trials points of one Sobol sequence, the
+same for all models, are trained with one seed. The best on valid is trained again with the seeds of
+--seeds, beside the recipe as it was given. Trials are in OUT/tuning, an Optuna storage: several
+processes or machines can share them, and `optuna-dashboard OUT/tuning/optuna.journal` shows them.
+The chosen recipes are in OUT/tuning/chosen.
+
 Models of bytes, pieces and words may be compared if their data folders are made of the same text:
 give the folder in each config (task.data) instead of --data.
 
@@ -37,12 +43,48 @@ def add_arguments(parser):
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for results")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[1], help="one run per seed (default: 1)"
+        "--seeds",
+        nargs="*",
+        type=int,
+        default=[1],
+        help="one run per seed (default: 1; none after --seeds: only tune)",
     )
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--seconds", type=float, help="budget: seconds of training")
     budget.add_argument("--updates", type=int, help="budget: updates")
     budget.add_argument("--bytes", type=int, help="budget: bytes of text to train on")
+    tuning = parser.add_argument_group("tuning")
+    tuning.add_argument(
+        "--space", type=Path, help="YAML file of the settings to tune (default: no tuning)"
+    )
+    tuning.add_argument(
+        "--trials",
+        type=int,
+        default=16,
+        help="trials of each model, beside its recipe (default: %(default)s)",
+    )
+    tuning.add_argument(
+        "--tuning", type=Path, help="folder for trials, which comparisons may share"
+    )
+    trial = tuning.add_mutually_exclusive_group()
+    trial.add_argument("--trial-seconds", type=float, help="budget of a trial (default: as above)")
+    trial.add_argument("--trial-updates", type=int)
+    trial.add_argument("--trial-bytes", type=int)
+    tuning.add_argument(
+        "--paper-seeds",
+        nargs="*",
+        type=int,
+        help="seeds for the recipes as they were given (default: those of --seeds)",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once, each with its share of the CPU's threads; speeds are measured before, "
+        "alone (default: %(default)s)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: that of each config)")
     parser.add_argument(
         "--calibration-seconds",
         type=float,
@@ -62,6 +104,12 @@ def add_arguments(parser):
         default=[],
         metavar="SECTION.FIELD=VALUE",
         help="change a setting of all configs",
+    )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of whole sections, such as optimizer, that replace those of all configs",
     )
     parser.add_argument(
         "--launcher",

@@ -118,6 +118,11 @@ def read_eval_lm(text):
     }
 
 
+def read(path):
+    """The text of a file; empty if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 def mean(values):
     """The mean; nan if there are no values."""
     values = list(values)

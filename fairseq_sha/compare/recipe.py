@@ -4,7 +4,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import yaml
 from omegaconf import OmegaConf
@@ -47,28 +47,44 @@ class Recipe(NamedTuple):
     name: the config's file name without its ending
     config: what fairseq-hydra-train gets
     evaluation: settings that differ in evaluation
+    variant: "paper" for the recipe as it was given and "tuned" for what the tuning chose; None in a
+        comparison without tuning
     """
 
     name: str
     config: dict
     evaluation: dict
+    variant: Optional[str] = None
+
+    @property
+    def folder(self):
+        """Where the model's results are, inside the folder of the comparison."""
+        return f"paper/{self.name}" if self.variant == "paper" else self.name
+
+    @property
+    def title(self):
+        return f"{self.name}, paper's recipe" if self.variant == "paper" else self.name
 
 
-def load(path, data, changes):
+def load(path, data, changes, sections=None):
     """Read a config.
 
     path (Path): complete YAML for fairseq-hydra-train; settings that differ in evaluation are in a
         file of the same name in the folder ``evaluation`` beside it
     data: data folder, which replaces the config's; None to keep that
     changes (list of str): ``section.field=value``, which take precedence over the files
+    sections (Path): YAML of whole sections, such as ``optimizer``, that replace those of the config
     UserError: no such file, not YAML, a malformed change, or a missing or unknown field
     """
     if not path.is_file():
         raise UserError(f"{path}: no such config; give the path of a YAML file")
     beside = path.parent / "evaluation" / path.name
     try:
+        own = OmegaConf.load(str(path))
+        for name, section in (OmegaConf.load(str(sections)) if sections else {}).items():
+            own[name] = section
         config = OmegaConf.merge(
-            OmegaConf.load(str(path)),
+            own,
             OmegaConf.create(
                 {"evaluation": OmegaConf.load(str(beside)) if beside.is_file() else {}}
             ),

@@ -1,0 +1,238 @@
+"""One run of a comparison: how long it is, what it takes, what it leaves."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from fairseq_sha.compare import logs
+from fairseq_sha.compare import recipe as recipes
+from fairseq_sha.compare.logs import read
+from fairseq_sha.compare.processes import RunFailed
+from fairseq_sha.files import write_atomically
+
+BUDGETS = ("seconds", "updates", "bytes")
+SPLITS = ("valid", "test")
+
+
+class Budget(NamedTuple):
+    """How long a model is trained."""
+
+    kind: str  # of BUDGETS
+    amount: float
+
+    def __str__(self):
+        return f"{self.amount:,.10g} {self.kind}"
+
+
+def budget_of(args, prefix=""):
+    """The budget that was given, or None."""
+    for kind in BUDGETS:
+        amount = getattr(args, prefix + kind)
+        if amount is not None:
+            return Budget(kind, amount)
+    return None
+
+
+def changed(folder, settings):
+    """How settings differ from those that a model's folder was made with: descriptions, by key."""
+    made_with = read(folder / "settings.json")
+    if not made_with:
+        return {}
+    old, new = flat(json.loads(made_with)), flat(settings)
+    return {
+        key: f"{key} (was {old.get(key)}, now {new.get(key)})"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    }
+
+
+def flat(content, prefix=""):
+    """Nested dicts as one dict, with keys such as ``config.optimization.lr``."""
+    out = {}
+    for key, value in content.items():
+        nested = isinstance(value, dict)
+        out.update(flat(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return out
+
+
+def write_json(path, content):
+    write_atomically(path, json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def updates_of(args, budget, model, folder):
+    """The number of updates that a model's budget allows, at least 1. The model's speed is measured
+    if that is needed and was not done yet; RunFailed.
+
+    folder: has the model's recipe.yaml
+    """
+    updates = known_updates(budget, model, folder)
+    if updates is None:
+        calibrate(args, model, folder)
+        updates = known_updates(budget, model, folder)
+    return updates
+
+
+def known_updates(budget, model, folder):
+    """The number of updates that a model's budget allows; None if that depends on what was not
+    measured yet: its speed, or how many bytes its tokens stand for."""
+    if budget.kind == "updates":
+        return int(budget.amount)
+    if budget.kind == "bytes" and recipes.is_of_bytes(model):
+        return max(1, round(budget.amount / recipes.tokens_per_update(model)))
+    speed = read(folder / "speed.json")
+    if not speed:
+        return None
+    speed = json.loads(speed)
+    if budget.kind == "seconds":
+        return max(1, int(budget.amount * speed["updates_per_second"]))
+    tokens = budget.amount / speed["bytes_per_token"]
+    return max(1, round(tokens / recipes.tokens_per_update(model)))
+
+
+def calibrate(args, model, folder):
+    """Train a model for a short time and write its speed to speed.json; RunFailed."""
+    log = folder / "calibration.log"
+    if log.exists():
+        log.unlink()
+    command = recipes.calibration_command(folder, args.calibration_seconds)
+    args.processes.execute(command, log, model.title, lambda: "measuring the speed", is_trained)
+    training = logs.read_training(read(log))
+    if training is None or training.train[-1][0] < logs.SETTLING + recipes.CALIBRATION_INTERVAL:
+        raise RunFailed(
+            f"is too slow to be measured in {args.calibration_seconds:g} s; raise "
+            "--calibration-seconds"
+        )
+    speed = {
+        "updates_per_second": 1 / training.seconds_per_update,
+        "tokens_per_update": training.tokens_per_update,
+        "bytes_per_token": training.bytes_per_token,
+        "measured_updates": training.train[-1][0],
+        "machine": machine(args.processes),
+    }
+    write_json(folder / "speed.json", speed)
+
+
+def train_and_evaluate(args, model, model_folder, seed, updates, title, splits=SPLITS):
+    """Do one run, as far as it is not done yet, and return its result; RunFailed.
+
+    model_folder: has the model's recipe.yaml, and gets a folder for each seed
+    """
+    folder = model_folder / f"seed{seed}"
+    if (folder / "result.json").is_file():
+        print(f"{title}: already finished", flush=True)
+        return json.loads(read(folder / "result.json"))
+    folder.mkdir(exist_ok=True)
+    log = folder / "train.log"
+
+    def status():
+        training = logs.read_training(read(log))
+        if training is None:
+            return "starting"
+        update, bits = training.train[-1]
+        return f"update {update:,} of {updates:,}, {bits:.2f} bits per byte"
+
+    if not is_trained(read(log)) and args.launcher:
+        raise RunFailed(f"was not trained; see {model_folder / 'multirun.log'}")
+    if not is_trained(read(log)):
+        command = recipes.train_command(model, model_folder, folder, seed, updates)
+        args.processes.execute(command, log, title, status, is_trained)
+    for split in splits:
+        if evaluation_of(folder, model, split) is None:
+            args.processes.execute(
+                recipes.eval_command(model, folder, split, args.eval_streams),
+                folder / f"{split}.log",
+                title,
+                f"evaluating on {split}".format,
+                lambda _, split=split: evaluation_of(folder, model, split),
+            )
+    result = result_of(model_folder, model, seed, updates, splits)
+    # The machine of a launcher's jobs is not known.
+    result["machine"] = None if args.launcher else machine(args.processes)
+    write_json(folder / "result.json", result)
+    for path in (folder / "checkpoints").glob("*.pt"):
+        if path.name != "checkpoint_last.pt":
+            path.unlink()
+    scores = ", ".join(f"{result[split]['bits']:.3f} on {split}" for split in splits)
+    print(f"{title}: bits per byte: {scores}", flush=True)
+    return result
+
+
+def evaluation_of(folder, model, split):
+    """The score of a run's model on a split, as in a result; None if it is not there yet."""
+    if recipes.is_ours(model.config):
+        return logs.read_evaluation(folder / f"{split}.json")
+    return logs.read_eval_lm(read(folder / f"{split}.log"))
+
+
+def is_trained(text):
+    """Whether a log says that training is complete."""
+    # The second line is that of a run that was stopped between its last checkpoint and its end.
+    return "done training in" in text or "nothing left to train" in text
+
+
+def result_of(model_folder, model, seed, updates, splits):
+    """What a finished run left, as a result; see ``summary``."""
+    folder = model_folder / f"seed{seed}"
+    text = read(folder / "train.log")
+    training = logs.read_training(text)
+    if "Stopping training due to num_updates" not in text:
+        raise RunFailed(
+            f"ended after about {training.train[-1][0]:,} of {updates:,} updates: its config has "
+            "another condition to stop; remove it and the run's folder"
+        )
+    tokens, seconds = training.tokens_per_update, training.seconds_per_update
+    alone = read(model_folder / "speed.json")
+    if alone:  # measured while nothing else ran
+        seconds = 1 / json.loads(alone)["updates_per_second"]
+
+    gpu = re.search(r"^rank .* name = (.+?)\s*$", text, re.MULTILINE)
+    return {
+        "model": model.name,
+        **({"recipe": model.variant} if model.variant else {}),
+        "seed": seed,
+        "parameters": logs.read_parameters(text),
+        "updates": updates,
+        "bytes": round(updates * tokens * training.bytes_per_token),
+        "training_seconds": float(f"{updates * seconds:.6g}"),
+        "training_tokens_per_second": float(f"{tokens / seconds:.6g}"),
+        "peak_memory_mb": logs.read_peak(text),
+        "device": gpu.group(1) if gpu else "CPU",
+        **{split: evaluation_of(folder, model, split) for split in splits},
+        "train_curve": training.train,
+        "valid_curve": training.valid,
+    }
+
+
+def machine(processes):
+    """The processor and the versions that a run was measured with, and how many ran at once."""
+    names = re.findall(r"^model name\s*:\s*(.+)$", read(Path("/proc/cpuinfo")), re.MULTILINE)
+    versions = {}
+    for name in ("torch", "fairseq", "ve-fairseq", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # fairseq is installed under one of two names
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "omp_num_threads": processes.environment.get("OMP_NUM_THREADS"),
+        "parallel": processes.parallel,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def commit():
+    """The commit of the clone that the package runs from; None if there is none."""
+    command = ["git", "-C", str(recipes.PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:  # no git
+        return None
+    return done.stdout.decode().strip() or None
