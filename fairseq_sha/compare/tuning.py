@@ -27,7 +27,8 @@ SEED = 0  # of all trials; the final stage has other seeds
 WIDENINGS = 2  # at most
 OCTAVE = 2.0  # by which a range grows
 WARMUP = "warmup_share"  # a field that stands for the scheduler's own one
-KINDS = ("factor", "log", "range", "choices")
+KINDS = ("factor", "log", "range", "choices", "multiples")
+RELATIVE = ("factor", "multiples")  # multiply what a recipe has
 OPTIONS = {*KINDS, "fields", "widen", "speed"}
 
 
@@ -36,7 +37,7 @@ class Setting(NamedTuple):
 
     name: as the space file has it
     kind: ``factor``: multiplies what a recipe has, log-uniform; ``log``: log-uniform; ``range``:
-        uniform; ``choices``: one of some values
+        uniform; ``choices``: one of some values; ``multiples``: multiplies by one of some values
     values: both ends, or the choices
     fields: ``section.field`` of configs; those that a recipe has are set
     widen: whether a best trial at an end of the range widens it
@@ -52,7 +53,7 @@ class Setting(NamedTuple):
 
     def at(self, coordinate):
         """The value at a coordinate in [0, 1)."""
-        if self.kind == "choices":
+        if self.kind in ("choices", "multiples"):
             return self.values[int(coordinate * len(self.values))]
         low, high = self.values
         if self.kind == "range":
@@ -80,7 +81,7 @@ class Space(NamedTuple):
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{path}: not a space file: {' '.join(str(error).split())}; correct it")
         if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
-            raise UserError(f"{path}: has no `settings`; see examples/head_to_head/space.yaml")
+            raise UserError(f"{path}: has no `settings`; see examples/head_to_head/tuning")
         unknown = set(content) - {"seed", "settings", "own"}
         if unknown:
             raise UserError(f"{path}: {min(unknown)} is unknown; there are seed, settings and own")
@@ -119,7 +120,7 @@ class Space(NamedTuple):
             value = _rounded(setting.at(point[name]))
             fields = [field for field in setting.fields if _has(config, field)]
             for field in fields:
-                _set(config, field, value, setting.kind == "factor")
+                _set(config, field, value, setting.kind in RELATIVE)
             if fields:
                 values[setting.name] = value
         return model._replace(config=config), values
@@ -134,8 +135,8 @@ class Space(NamedTuple):
                 key = _warmup_field(model.config)
                 out[setting.name] = _rounded(model.config["lr_scheduler"][key] / updates)
             elif field:
-                relative = setting.kind == "factor"
-                out[setting.name] = 1.0 if relative else recipes.lookup(model.config, field)
+                value = recipes.lookup(model.config, field)
+                out[setting.name] = 1 if setting.kind in RELATIVE else value
         return out
 
     def distributions(self, model):
@@ -145,7 +146,7 @@ class Space(NamedTuple):
         reach = OCTAVE**WIDENINGS
         out = {}
         for setting in self.of(model).values():
-            if setting.kind == "choices":
+            if setting.kind in ("choices", "multiples"):
                 out[setting.name] = CategoricalDistribution(setting.values)
             elif setting.kind == "range":
                 out[setting.name] = FloatDistribution(*setting.values)
@@ -193,11 +194,15 @@ def _setting(path, name, content):
     numbers = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
     if kind == "choices":
         good = isinstance(values, list) and len(values) > 1
+    elif kind == "multiples":
+        good = numbers and len(values) > 1 and min(values) > 0
     else:
         good = numbers and len(values) == 2 and values[0] < values[1]
         good = good and (kind == "range" or values[0] > 0)
     if not good:
-        expected = "two choices or more" if kind == "choices" else "[low, high] with low < high"
+        expected = (
+            "two or more" if kind in ("choices", "multiples") else "[low, high] with low < high"
+        )
         raise UserError(f"{path}: {name}.{kind} is {values}; give {expected}")
     if not fields or not all(field == WARMUP or field.count(".") >= 1 for field in fields):
         raise UserError(
@@ -233,6 +238,8 @@ def _set(config, field, value, multiply):
     if multiply:
         old = config[key]
         value = [v * value for v in old] if isinstance(old, list) else old * value
+        # A count stays one.
+        value = max(1, round(value)) if isinstance(old, int) else value
     config[key] = value
 
 

@@ -19,8 +19,9 @@ import torch
 import yaml
 from numpy.random import RandomState
 
-from fairseq_sha.compare import logs, runner, summary
+from fairseq_sha.compare import logs, processes, runner, runs, summary
 from fairseq_sha.compare import recipe as recipes
+from fairseq_sha.compare.processes import Processes, RunFailed
 from fairseq_sha.data.segments import segment_lengths
 from tests.commands import command
 from tests.tiny_corpus import write_folder
@@ -345,27 +346,31 @@ def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monke
     """With a model of fairseq's own, on its own task."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
-    options = dict(updates=None, bytes=None, seconds=30.0, calibration_seconds=10.0, out=tmp_path)
-    args = argparse.Namespace(**options)
+    args = argparse.Namespace(calibration_seconds=10.0, processes=Processes())
+    budget, folder = runs.Budget("seconds", 30.0), tmp_path / "stock"
     model = recipes.load(configs / "stock.yaml", data, [])
-    runner.prepare(tmp_path / "stock", model, {})
-    assert runner.updates_of(args, model) is None
-    updates = runner.calibrate(args, model)
-    speed = json.loads((tmp_path / "stock" / "speed.json").read_text())
-    assert updates == speed["updates"] == int(30 * speed["updates_per_second"])
+    runner.prepare(folder, model, {})
+    assert runs.known_updates(budget, model, folder) is None
+    updates = runs.updates_of(args, budget, model, folder)
+    speed = json.loads((folder / "speed.json").read_text())
+    assert updates == int(30 * speed["updates_per_second"])
+    assert speed["machine"]["parallel"] == 1
     assert speed["tokens_per_update"] == pytest.approx(4 * 64, rel=0.05)
     assert speed["measured_updates"] == 60
     assert not list((tmp_path / "stock").glob("**/*.pt"))
     log = (tmp_path / "stock" / "calibration.log").read_text()
     assert "begin validation" not in log
-    assert runner.updates_of(args, model) == updates
+    (folder / "recipe.yaml").unlink()  # nothing is measured again
+    assert runs.updates_of(args, budget, model, folder) == updates
 
 
 def test_seeds_are_trained_through_a_launcher(data, configs, tmp_path, monkeypatch, capsys):
     """One multirun; what it leaves is read like any other run's."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
-    args = argparse.Namespace(out=tmp_path / "out", seeds=[3, 5], launcher="basic")
+    args = argparse.Namespace(
+        out=tmp_path / "out", seeds=[3, 5], launcher="basic", processes=Processes()
+    )
     model = recipes.load(configs / "good.yaml", data, [])
     runner.prepare(args.out / "good", model, {})
     runner.multirun(args, model, 8)
@@ -573,12 +578,12 @@ def test_curves_are_means_over_seeds():
 
 
 def test_progress_is_visible_and_a_failure_shows_the_end_of_the_log(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "PROGRESS_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "PROGRESS_SECONDS", 0.3)
     code = "import sys, time; print('one', flush=True); time.sleep(0.8); sys.exit('no more')"
     log = tmp_path / "train.log"
-    with pytest.raises(runner.RunFailed, match=f"failed; the end of {log}:\n    one\n    no more"):
-        runner.execute([sys.executable, "-c", code], log, "[1/2] x", log.exists, str)
+    with pytest.raises(RunFailed, match=f"failed; the end of {log}:\n    one\n    no more"):
+        Processes().execute([sys.executable, "-c", code], log, "[1/2] x", log.exists, str)
     assert re.match(r"\[1/2\] x: False\n\[1/2\] x: True, 0 s\n", capsys.readouterr().out)
-    with pytest.raises(runner.RunFailed):  # a good exit status without the work done
-        runner.execute(["true"], log, "x", str, lambda text: False)
+    with pytest.raises(RunFailed):  # a good exit status without the work done
+        Processes().execute(["true"], log, "x", str, lambda text: False)
     assert "ended with status 0" in log.read_text()
