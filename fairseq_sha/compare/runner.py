@@ -445,20 +445,13 @@ def report(args, runs, settings):
     }
     if "data" not in common:
         common["data"] = {name: content["data"] for name, content in settings.items()}
-    rows = summary.summarise(results)
     everything = {
         "command": shlex.join(["fairseq-sha", *sys.argv[1:]]),
         "settings": common,
         "not_finished": missing,
         "runs": results,
     }
-    summary.write_results(args.out / "results.json", everything)
-    write_atomically(args.out / "table.md", summary.table(rows, common, missing))
-    try:
-        summary.draw(results, rows, args.out)
-    except ImportError:
-        return False
-    return True
+    return summary.write(args.out, everything)
 
 
 def machine():
