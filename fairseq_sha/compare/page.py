@@ -24,6 +24,7 @@ th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid var(--line); text-alig
   white-space: nowrap; vertical-align: bottom }
 thead th { white-space: normal; min-width: 4.5rem; background: var(--soft) }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--back) }
+tbody th { white-space: normal; min-width: 8rem }
 thead th:first-child { background: var(--soft) }
 caption { text-align: left; font-weight: bold; padding: 0.5rem 0 }
 figure { margin: 1.5rem 0 } figcaption { font-size: 0.9rem }

@@ -10,8 +10,9 @@ from fairseq_sha.files import write_atomically
 
 SMOOTHING = 5  # points of a learning curve
 WIDTH, HEIGHT, DPI = 8, 5, 120
-# Colours that colour-blind readers can tell apart (Okabe and Ito), then others with other markers.
+# Colours that colour-blind readers can tell apart: Okabe and Ito's, and three of Paul Tol's.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLOURS += ["#882255", "#999933", "#7F7F7F"]
 MARKERS = "osD^"
 
 #: What is drawn of one comparison: the name of the file, and a caption.
@@ -224,6 +225,7 @@ def compute(comparisons):
                 transform=panel.get_yaxis_transform(),
                 fontsize="x-small",
                 verticalalignment="center",
+                zorder=1,  # below the lines of models
                 bbox={"color": "white", "pad": 0.5},
             )
         panel.set(xlabel=label, ylabel="bits per byte, test", xscale="log", yscale="log")
