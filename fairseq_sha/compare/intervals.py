@@ -8,8 +8,8 @@ REPEATS = 10_000
 CONFIDENCE = 0.95
 
 
-def draws(models, seed=0):
-    """Draws of what the whole text costs each model, as seeds and text might have been.
+def draws(models, size, block_bytes=None, seed=0):
+    """Draws of the bits per byte of each model, as seeds and text might have been.
 
     Blocks of text are drawn with replacement, the same ones for all models (bootstrap: B. Efron and
     R. Tibshirani, An Introduction to the Bootstrap, 1993). The mean over seeds is drawn from
@@ -18,21 +18,27 @@ def draws(models, seed=0):
 
     Args:
         models (list of ndarray): bits of each seed and block, ``[seeds, blocks]``, of each model
+        size (int): bytes of the text
+        block_bytes (int): bytes of each block but the last, which has the rest; by default all
+            blocks have the same size
         seed (int): of the random numbers
 
     Returns:
-        bits, ``[models, REPEATS]``; nan for a model with a score of nan
+        bits per byte, ``[models, REPEATS]``; nan for a model with a score of nan
     """
     random = np.random.RandomState(seed)
     models = [np.asarray(bits, float) for bits in models]
     blocks = models[0].shape[1]
     drawn = random.randint(blocks, size=(REPEATS, blocks))
     weights = np.stack([np.bincount(row, minlength=blocks) for row in drawn])
-    values = np.stack([weights @ bits.mean(0) for bits in models])
+    sizes = np.full(blocks, size / blocks if block_bytes is None else block_bytes)
+    sizes[-1] = size - sizes[:-1].sum()
+    drawn_bytes = weights @ sizes  # fewer where the short block was drawn often
+    values = np.stack([weights @ bits.mean(0) / drawn_bytes for bits in models])
     for value, bits in zip(values, models):
         seeds = len(bits)
         if seeds > 1:
-            error = bits.sum(1).std(ddof=1) / math.sqrt(seeds)
+            error = bits.sum(1).std(ddof=1) / size / math.sqrt(seeds)
             value += error * random.standard_t(seeds - 1, REPEATS)
     return values
 
@@ -47,7 +53,7 @@ def ends(values, confidence=CONFIDENCE):
     return np.percentile(values, [tail, 100 - tail], axis=-1)
 
 
-def interval(bits, size, baseline=None, confidence=CONFIDENCE, seed=0):
+def interval(bits, size, baseline=None, confidence=CONFIDENCE, seed=0, block_bytes=None):
     """Bits per byte, or their difference to those of another model, with an interval; see
     :func:`draws`.
 
@@ -57,6 +63,7 @@ def interval(bits, size, baseline=None, confidence=CONFIDENCE, seed=0):
         baseline (ndarray): of the other model on the same blocks, ``[other seeds, blocks]``
         confidence (float): of the interval
         seed (int): of the random numbers
+        block_bytes (int): bytes of each block but the last; by default all have the same size
 
     Returns:
         the value, and both ends of the interval
@@ -64,8 +71,8 @@ def interval(bits, size, baseline=None, confidence=CONFIDENCE, seed=0):
     models = [np.asarray(bits, float), *([] if baseline is None else [np.asarray(baseline, float)])]
     signs = np.array([1, -1][: len(models)])
     center = signs @ [model.mean(0).sum() for model in models]
-    low, high = ends(signs @ draws(models, seed), confidence)
-    return center / size, low / size, high / size
+    low, high = ends(signs @ draws(models, size, block_bytes, seed), confidence)
+    return center / size, low, high
 
 
 def rank_ends(values, confidence=CONFIDENCE):

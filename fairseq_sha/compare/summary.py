@@ -106,7 +106,11 @@ def score(runs):
     return {
         "seeds": sorted(run["seed"] for run in runs),
         "bits": mean(run["test"]["bits"] for run in runs),
-        "interval": None if bits is None else intervals.interval(bits, test_bytes(runs[0]))[1:],
+        "interval": None
+        if bits is None
+        else intervals.interval(
+            bits, test_bytes(runs[0]), block_bytes=runs[0]["test"].get("block_bytes")
+        )[1:],
     }
 
 
@@ -147,8 +151,8 @@ def compare_rows(rows):
         return
     shape = with_blocks[0][1].shape[1]
     drawn = [(row, bits) for row, bits in with_blocks if bits.shape[1] == shape]
-    values = intervals.draws([bits for _, bits in drawn])
-    values /= np.array([[row["test_bytes"]] for row, _ in drawn])
+    block_bytes = drawn[0][0]["runs"][0]["test"].get("block_bytes")
+    values = intervals.draws([bits for _, bits in drawn], drawn[0][0]["test_bytes"], block_bytes)
     if len(drawn) == len(same) > 1:  # otherwise a rank among some of the models would mislead
         for (row, _), *rank in zip(drawn, *intervals.rank_ends(values)):
             row["rank"] = tuple(map(int, rank))

@@ -82,5 +82,14 @@ def test_ranks():
     noise = random.normal(0, 100, 40)
     models = [simulated(random, mean, noise=noise, spread=40) for mean in (2.5, 2.0, 2.001, 3.0)]
     models.append(np.full((2, 40), np.nan))
-    low, high = rank_ends(draws(models))
+    low, high = rank_ends(draws(models, 40_000))
     assert low.tolist() == [3, 1, 1, 4, 5] and high.tolist() == [3, 2, 2, 4, 5]
+
+
+def test_short_last_block_counts_by_its_bytes():
+    """A text that costs the same everywhere leaves no doubt."""
+    bits = np.array([[2000.0, 2000.0, 600.0], [2000.0, 2000.0, 600.0]])
+    assert interval(bits, 2300, block_bytes=1000) == pytest.approx((2.0, 2.0, 2.0))
+    assert interval(bits, 2300, bits - [[100, 100, 30]], block_bytes=1000) == pytest.approx(
+        [0.1] * 3
+    )
