@@ -303,7 +303,6 @@ def report(args, runs, settings, tuned):
     }
     if "data" not in common:
         common["data"] = {name: content["data"] for name, content in settings.items()}
-    rows = summary.summarise(results)
     everything = {
         "command": shlex.join(["fairseq-sha", *sys.argv[1:]]),
         "settings": common,
@@ -311,10 +310,4 @@ def report(args, runs, settings, tuned):
         **({"tuning": tuned.results()} if tuned else {}),
         "runs": results,
     }
-    summary.write_results(args.out / "results.json", everything)
-    write_atomically(args.out / "table.md", summary.table(rows, common, missing))
-    try:
-        summary.draw(results, rows, args.out)
-    except ImportError:
-        return False
-    return True
+    return summary.write(args.out, everything)

@@ -1,33 +1,59 @@
-"""The results of a comparison: results.json, a table, pictures.
+"""The results of a comparison: results.json, tables, pictures.
 
 A run is a dict: ``model``, ``seed``, ``parameters``, ``updates``, ``bytes`` (that it was trained
-on), ``training_seconds``, ``training_tokens_per_second``, ``peak_memory_mb``, ``device``,
-``machine``; for ``valid`` and ``test`` a dict of ``bits`` (per byte), ``tokens`` and
-``tokens_per_second``, and from ``fairseq-sha evaluate`` also ``bytes``, ``policy`` and others; and
-``train_curve`` and ``valid_curve``, lists of ``[update, bits]``.
+on), ``training_seconds``, ``training_tokens_per_second``, ``training_flops`` (optional),
+``peak_memory_mb``, ``device``, ``machine``; for ``valid`` and ``test`` a dict of ``bits`` (per
+byte), ``tokens`` and ``tokens_per_second``, and from ``fairseq-sha evaluate`` also ``bytes``,
+``policy``, ``block_bits`` and others; ``train_curve`` and ``valid_curve``, lists of ``[update,
+bits]``; and in a comparison with tuning its ``recipe``, ``"paper"`` or ``"tuned"``.
 """
 
-import io
 import json
+from typing import List, NamedTuple
 
+import numpy as np
+
+from fairseq_sha.compare import intervals, pictures, trials
 from fairseq_sha.compare.logs import mean
 from fairseq_sha.files import write_atomically
 
-SMOOTHING = 5  # points of a learning curve
-# Names of pictures: the number of a run that an axis is proportional to, and its label.
-PICTURES = {
-    "bits_by_seconds.png": ("training_seconds", "seconds of training"),
-    "bits_by_bytes.png": ("bytes", "bytes seen"),
-}
+# Bytes of test may differ by this share: some tasks do not score the first symbol.
+SAME_TEXT = 0.001
+DAGGER = "†"  # marks intervals without the spread between seeds
 
 
-def write_results(path, results):
-    """Write all results of a comparison as JSON, one line per run.
+class Table(NamedTuple):
+    """Cells as text."""
 
-    results (dict): ``command``, ``settings``, ``not_finished`` (names of runs), ``runs``
+    title: str
+    header: List[str]
+    rows: List[List[str]]
+
+
+def write(folder, everything):
+    """Write results.json, table.md and pictures; returns whether pictures could be drawn.
+
+    Args:
+        folder (Path): of the comparison
+        everything (dict): ``command``, ``settings``, ``not_finished`` (names of runs), ``runs``,
+            and optionally ``tuning`` and ``rivals``
     """
-    head = [f"{json.dumps(key)}: {compact(results[key])}," for key in results if key != "runs"]
-    runs = ",\n".join(map(compact, results["runs"]))
+    write_results(folder / "results.json", everything)
+    tables, notes = report(everything)
+    write_atomically(folder / "table.md", markdown(tables, notes))
+    try:
+        pictures.draw(everything, summarise(everything["runs"]), folder)
+    except ImportError:
+        return False
+    return True
+
+
+def write_results(path, everything):
+    """Write all results of a comparison as JSON, one line per run."""
+    head = [
+        f"{json.dumps(key)}: {compact(everything[key])}," for key in everything if key != "runs"
+    ]
+    runs = ",\n".join(map(compact, everything["runs"]))
     write_atomically(path, "{\n" + "\n".join(head) + f'\n"runs": [\n{runs}\n]\n}}\n')
 
 
@@ -36,174 +62,474 @@ def compact(content):
     return json.dumps(content, ensure_ascii=False)
 
 
-def summarise(results):
-    """One row per model, the best on test first.
+def summarise(runs):
+    """One row per model, the best on test first, diverged models last.
 
-    Bits are means over seeds, with half of their range. Speed, time and memory are means over those
-    seeds only that ran on the machine of the first.
+    A row's own numbers are those of the tuned recipe if there is one, otherwise of the paper's.
+    ``scores`` has both: bits (means over seeds) and their interval, None without bits of blocks.
+    ``difference`` to the best model is a value and its interval, which is None if it is unknown;
+    it is None for the best, and for models that scored other text. ``one_seed`` tells whether
+    that interval lacks the spread between seeds. ``rank`` may be None.
 
-    results (list of dict): finished runs
+    Args:
+        runs (list of dict): that are finished
     """
     models = {}
-    for result in results:
-        models.setdefault(result["model"], []).append(result)
+    for run in runs:
+        recipes = models.setdefault(run["model"], {})
+        recipes.setdefault(run.get("recipe", "paper"), []).append(run)
     rows = []
-    for name, runs in models.items():
-        row = {"model": name, "seeds": sorted(run["seed"] for run in runs)}
-        for split in ("valid", "test"):
-            values = [run[split]["bits"] for run in runs]
-            row[split] = {
-                "bits": mean(values),
-                "half_range": (max(values) - min(values)) / 2,
-                # fairseq-eval-lm does not say; it reads bytes as tokens.
-                "bytes": runs[0][split].get("bytes", runs[0][split]["tokens"]),
-                "policy": runs[0][split].get("policy"),
-            }
-        for key in ("bytes", "updates"):
-            row[key] = mean(run[key] for run in runs)
-        row["all_timed"] = len(timed(runs)) == len(runs)
-        row["machine"] = runs[0]["machine"]
-        row["evaluation_tokens_per_second"] = mean(
-            run["test"]["tokens_per_second"] for run in timed(runs)
-        )
-        for key in ("training_tokens_per_second", "training_seconds"):
-            row[key] = mean(run[key] for run in timed(runs))
-        peaks = [run["peak_memory_mb"] for run in timed(runs) if run["peak_memory_mb"] is not None]
-        row["peak_memory_mb"] = max(peaks, default=None)
-        row["parameters"] = runs[0]["parameters"]
+    for name, recipes in models.items():
+        recipe = "tuned" if "tuned" in recipes else "paper"
+        chosen = recipes[recipe]
+        flops = [run.get("training_flops") for run in chosen]
+        row = {
+            "model": name,
+            "recipe": recipe,
+            "runs": chosen,
+            "bits": mean(run["test"]["bits"] for run in chosen),
+            "scores": {key: score(found) for key, found in recipes.items()},
+            "parameters": chosen[0]["parameters"],
+            "training_flops": None if None in flops else mean(flops),
+            "bytes": mean(run["bytes"] for run in chosen),
+            "test_bytes": test_bytes(chosen[0]),
+        }
         rows.append(row)
-    # The score of a diverged model is nan; it comes last.
-    return sorted(rows, key=lambda row: (row["test"]["bits"] != row["test"]["bits"], score(row)))
+    rows.sort(key=lambda row: by_bits(row["bits"]))
+    compare_rows(rows)
+    return rows
 
 
-def timed(runs):
-    """The runs of a model whose times can be averaged: those on the machine of the first."""
-    return [run for run in runs if run["machine"] == runs[0]["machine"]]
+def score(runs):
+    """The mean over seeds on test, and its interval if the bits of blocks are known."""
+    bits = blocks(runs)
+    return {
+        "seeds": sorted(run["seed"] for run in runs),
+        "bits": mean(run["test"]["bits"] for run in runs),
+        "interval": None
+        if bits is None
+        else intervals.interval(
+            bits, test_bytes(runs[0]), block_bytes=runs[0]["test"].get("block_bytes")
+        )[1:],
+    }
 
 
-def score(row):
-    return row["test"]["bits"]
+def blocks(runs):
+    """Bits of each seed and block of test, None if they are not known."""
+    bits = [run["test"].get("block_bits") for run in runs]
+    if None in bits or len({len(seed) for seed in bits}) > 1:
+        return None
+    return np.array(bits, float)
 
 
-def table(rows, settings, missing):
-    """The summary as Markdown.
+def test_bytes(run):
+    # fairseq-eval-lm does not say; it reads bytes as tokens.
+    return run["test"].get("bytes", run["test"]["tokens"])
 
-    settings (dict): has ``budget``
-    missing (list of str): names of runs that are not finished
-    """
 
-    def bits(row, split):
-        spread = f" ± {row[split]['half_range']:.3f}" if len(row["seeds"]) > 1 else ""
-        return f"{row[split]['bits']:.3f}{spread}"
+def by_bits(bits):
+    """A key for sorting that puts nan last."""
+    return bits != bits, bits
 
-    lines = [
-        "| model | parameters | bits per byte, valid | test | tokens/s, training | "
-        "tokens/s, evaluation | peak memory, MB | bytes seen | training, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+
+def compare_rows(rows):
+    """Add ``best``, ``difference`` and ``rank`` to sorted rows: among those that scored the same
+    text, which most of them did."""
+    same = max(
+        ([row for row in rows if is_same_text(row["test_bytes"], of["test_bytes"])] for of in rows),
+        key=len,
+        default=[],
+    )
     for row in rows:
-        cells = [row["model"], f"{row['parameters']:,}", bits(row, "valid"), bits(row, "test")]
-        for key in ("training_tokens_per_second", "evaluation_tokens_per_second"):
-            cells.append(f"{row[key]:,.0f}")
-        peak = row["peak_memory_mb"]
-        cells += ["–" if peak is None else f"{peak:,}", f"{row['bytes']:,.0f}"]
-        cells.append(f"{row['training_seconds']:,.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"The budget was {settings['budget']} of training. Seconds are the number of updates times "
-        "the median time of an update,",
-        "without validation and checkpoints.",
+        row.update(best=bool(same) and row is same[0], difference=None, rank=None)
+    for row in same[1:]:
+        row["difference"] = (row["bits"] - same[0]["bits"], None)
+    with_blocks = [
+        (row, bits) for row in same for bits in [blocks(row["runs"])] if bits is not None
     ]
-    if any(len(row["seeds"]) > 1 for row in rows):
-        seeds = ", ".join(f"{row['model']} {len(row['seeds'])}" for row in rows)
-        lines += [f"Bits: mean over seeds ± half of their range (seeds: {seeds})."]
-    counts = grouped(rows, lambda row: f"{row['test']['bytes']:,}")
-    scored = "; ".join(f"{count} ({', '.join(names)})" for count, names in counts.items())
-    lines += [
+    if not with_blocks:
+        return
+    shape = with_blocks[0][1].shape[1]
+    drawn = [(row, bits) for row, bits in with_blocks if bits.shape[1] == shape]
+    block_bytes = drawn[0][0]["runs"][0]["test"].get("block_bytes")
+    values = intervals.draws([bits for _, bits in drawn], drawn[0][0]["test_bytes"], block_bytes)
+    if len(drawn) == len(same) > 1:  # otherwise a rank among some of the models would mislead
+        for (row, _), *rank in zip(drawn, *intervals.rank_ends(values)):
+            row["rank"] = tuple(map(int, rank))
+    if drawn[0][0]["best"]:
+        for (row, _), value in zip(drawn[1:], values[1:]):
+            row["one_seed"] = 1 in (len(row["runs"]), len(same[0]["runs"]))
+            ends = intervals.ends(value - values[0])
+            row["difference"] = (row["bits"] - same[0]["bits"], tuple(map(float, ends)))
+
+
+def best_row(rows):
+    """The row to which others are compared."""
+    return next(row for row in rows if row["best"])
+
+
+def is_same_text(first, second):
+    """Whether two models have scored the same text, by its bytes."""
+    return abs(first - second) <= SAME_TEXT * max(first, second)
+
+
+def report(everything):
+    """The tables of a comparison, and what must be known about them as sentences.
+
+    Args:
+        everything (dict): the content of results.json
+    """
+    rows = summarise(everything["runs"])
+    rivals, tuning = everything.get("rivals") or [], everything.get("tuning")
+    machines = by_machine(rows)
+    tables = [main_table(rows, rivals, machines)]
+    if len(machines) > 1:
+        tables += [
+            Table(f"Times on {name}", ["model", *TIMES], [[m, *times(r)] for m, r in runs.items()])
+            for name, runs in machines.items()
+        ]
+    if tuning:
+        tables.append(tuning_table(tuning))
+    return tables, [
+        *about_bits(rows, rivals),
+        *about_evaluation(rows),
+        *about_training(everything, machines),
+        *(about_tuning(tuning) if tuning else []),
+        *about_rivals(rivals),
+        *(
+            [f"Not finished: {', '.join(everything['not_finished'])}."]
+            if everything["not_finished"]
+            else []
+        ),
+    ]
+
+
+def main_table(rows, rivals, machines):
+    """Models and compressors, the best first. Times are columns if all are of one machine."""
+    tuned = any("tuned" in row["scores"] for row in rows)
+    columns = {
+        "model": lambda row: row["model"],
+        "bits per byte, test, paper's recipe": lambda row: bits(row["scores"].get("paper")),
+        "tuned": lambda row: bits(row["scores"].get("tuned")),
+        "difference to the best model": difference,
+        "rank": lambda row: rank(row["rank"]),
+        "parameters": lambda row: f"{row['parameters']:,}",
+        "training FLOPs": lambda row: power(row["training_flops"]),
+        "bytes seen": lambda row: f"{row['bytes']:,.0f}",
+    }
+    if not tuned:
+        paper = columns.pop("bits per byte, test, paper's recipe")
+        del columns["tuned"]
+        columns = {"model": columns.pop("model"), "bits per byte, test": paper, **columns}
+    lines = [(row["bits"], [cell(row) for cell in columns.values()]) for row in rows]
+    header = list(columns)
+    if len(machines) == 1:
+        (runs,) = machines.values()
+        header += TIMES
+        for row, (_, cells) in zip(rows, lines):
+            cells += times(runs[row["model"]])
+    for rival in rivals:
+        cells = dict.fromkeys(header, "–")
+        cells["model"] = rival_name(rival)
+        cells["tuned" if tuned else "bits per byte, test"] = f"{rival['bits']:.3f}"
+        if rows:
+            cells["difference to the best model"] = f"{rival['bits'] - best_row(rows)['bits']:+.3f}"
+        cells["bytes seen"] = f"{rival['primed_with']:,}"
+        lines.append((rival["bits"], list(cells.values())))
+    lines.sort(key=lambda line: by_bits(line[0]))
+    content = [cells for _, cells in lines]
+    # Columns that say nothing are left out.
+    kept = [
+        i
+        for i in range(len(header))
+        if not content or any(line[i] not in ("–", "best") for line in content)
+    ]
+    return Table("", [header[i] for i in kept], [[line[i] for i in kept] for line in content])
+
+
+TIMES = ["tokens/s, training", "tokens/s, evaluation", "peak memory, MB", "training, s"]
+
+
+def times(runs):
+    """Cells of the columns ``TIMES``: means over a model's runs on one machine."""
+    peaks = [run["peak_memory_mb"] for run in runs if run["peak_memory_mb"] is not None]
+    return [
+        f"{mean(run['training_tokens_per_second'] for run in runs):,.0f}",
+        f"{mean(run['test']['tokens_per_second'] for run in runs):,.0f}",
+        f"{max(peaks):,}" if peaks else "–",
+        f"{mean(run['training_seconds'] for run in runs):,.0f}",
+    ]
+
+
+def by_machine(rows):
+    """Runs of each model on each machine: a dict of dicts of lists. Two commits of this package on
+    the same machine, with the same versions of everything else, are one."""
+    machines = {}
+    for row in rows:
+        for run in row["runs"]:
+            models = machines.setdefault(describe(run, commit=False), {})
+            models.setdefault(row["model"], []).append(run)
+    return machines
+
+
+def describe(run, commit=True):
+    """A run's machine and versions in words."""
+    machine = dict(run.get("machine") or {})
+    known = [machine.pop("cpu", None) or "unknown machine"]
+    if run.get("device", "CPU") != "CPU":
+        known.insert(0, run["device"])
+    cpus, threads = machine.pop("cpus", None), machine.pop("omp_num_threads", None)
+    if cpus is not None:
+        known.append(f"{cpus} core{'s' if cpus != 1 else ''}")
+    if threads is not None:
+        known.append(f"OMP_NUM_THREADS={threads}")
+    named = {"python": "Python"}
+    found = machine.pop("commit", None)
+    known += [f"{named.get(key, key)} {value}" for key, value in machine.items() if value]
+    if commit and found:
+        known.append(f"commit {found}")
+    return ", ".join(known)
+
+
+def bits(found):
+    """A score and its interval as text."""
+    if found is None:
+        return "–"
+    if found["bits"] != found["bits"]:
+        return "diverged"
+    if found["interval"] is None:
+        return f"{found['bits']:.3f}"
+    low, high = found["interval"]
+    return f"{found['bits']:.3f} [{low:.3f}, {high:.3f}]{DAGGER * (len(found['seeds']) == 1)}"
+
+
+def difference(row):
+    """A row's difference to the best model as text."""
+    if row["best"]:
+        return "best"
+    if row["difference"] is None:
+        return "other text"
+    value, ends = row["difference"]
+    if value != value:
+        return "–"
+    if ends is None:
+        return f"{value:+.3f}"
+    low, high = ends
+    shown = f"[{low:+.3f}, {high:+.3f}]{DAGGER * row['one_seed']}"
+    return f"{value:+.3f} {shown}" if low > 0 or high < 0 else f"not resolved {shown}"
+
+
+def rank(ends):
+    """The interval of a rank as text."""
+    if ends is None:
+        return "–"
+    low, high = ends
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def power(number):
+    """A large number with three digits, such as 1.23e15."""
+    return "–" if number is None else f"{number:.2e}".replace("e+", "e")
+
+
+def rival_name(rival):
+    return f"{rival['name']}, {'primed with train' if rival['primed_with'] else 'alone'}"
+
+
+def about_bits(rows, rivals):
+    """Sentences about scores, differences and ranks."""
+    scores = [(row["model"], found) for row in rows for found in row["scores"].values()]
+    known = [found for _, found in scores if found["interval"] is not None]
+    notes = []
+    if scores:
+        seeds = grouped(
+            (", ".join(map(str, found["seeds"])), model) for model, found in scores
+        ).items()
+        notes.append(
+            "Bits are means over seeds: "
+            + "; ".join(f"{numbers} ({', '.join(models)})" for numbers, models in seeds)
+            + "."
+        )
+    if known:
+        sizes = {row["runs"][0]["test"].get("block_bytes") for row in rows} - {None}
+        size = f" of {min(sizes):,} bytes" if len(sizes) == 1 else ""
+        notes.append(
+            f"Brackets are 95 % intervals: blocks{size} of test are drawn by bootstrap, means over "
+            "seeds from Student's t distribution."
+        )
+    if any(row["difference"] and row["difference"][1] for row in rows):
+        notes.append(
+            "“Not resolved”: the interval of the difference contains zero. Both models are scored "
+            "on the same blocks. Each interval is for its difference alone, not adjusted for the "
+            "number of them."
+        )
+    if any(row["rank"] for row in rows):
+        notes.append("Ranks are 95 % intervals from the same draws, compressors left out.")
+    single = names(m for m, s in scores if s["interval"] is not None and len(s["seeds"]) == 1)
+    if single:
+        notes.append(
+            f"{DAGGER} covers blocks of text only, not what another seed would change, since there "
+            f"is one seed of {single}. Ranks do not cover it either."
+        )
+    without = names(model for model, found in scores if found["interval"] is None)
+    if without:
+        notes.append(f"No interval, because bits of blocks were not saved: {without}.")
+    diverged = names(model for model, found in scores if found["bits"] != found["bits"])
+    if diverged:
+        notes.append(f"Diverged in at least one seed: {diverged}.")
+    if any("tuned" in row["scores"] for row in rows):
+        paper = names(row["model"] for row in rows if row["recipe"] == "paper")
+        notes.append(
+            "Differences, ranks, bytes and times are those of the tuned recipes"
+            + (f", and of the paper's recipe of {paper}." if paper else ".")
+        )
+    if rivals:
+        notes.append("Compressors have no interval.")
+    return notes
+
+
+def about_evaluation(rows):
+    counts = grouped((f"{row['test_bytes']:,}", row["model"]) for row in rows)
+    scored = "; ".join(f"{count} ({', '.join(models)})" for count, models in counts.items())
+    policies = grouped((row["runs"][0]["test"].get("policy"), row["model"]) for row in rows)
+    return [
         *([f"Bytes of test that were scored: {scored}."] if rows else []),
         *(
-            f"Evaluated with {policy}: {', '.join(names)}."
-            for policy, names in grouped(rows, lambda row: row["test"]["policy"]).items()
+            f"Evaluated with {policy}: {', '.join(models)}."
+            for policy, models in policies.items()
             if policy is not None
         ),
-        "Memory is the main memory of the training process.",
-        *(
-            f"Speed, seconds and memory were measured on {cpu}: {', '.join(names)}."
-            for cpu, names in grouped(rows, lambda row: (row["machine"] or {}).get("cpu")).items()
-            if cpu is not None
-        ),
     ]
-    elsewhere = [row["model"] for row in rows if not row["all_timed"]]
-    if elsewhere:
-        lines += [
-            "Another seed ran on another machine, for as many updates, and counts for bits only: "
-            f"{', '.join(elsewhere)}."
+
+
+def about_training(everything, machines):
+    """Sentences about budget, times and machines."""
+    notes = [
+        f"The budget was {everything['settings']['budget']} of training. Seconds are the number of "
+        "updates times the median time of an update, without validation and checkpoints.",
+        "Memory is the main memory of the training process.",
+    ]
+    seeds = {}
+    for run in everything["runs"]:
+        name = " ".join([run["model"], *([run["recipe"]] if "recipe" in run else [])])
+        seeds.setdefault(describe(run), {}).setdefault(name, []).append(str(run["seed"]))
+    ran = {
+        machine: [f"{name} ({', '.join(found)})" for name, found in models.items()]
+        for machine, models in seeds.items()
+    }
+    everywhere = len(ran) == 1
+    notes += [
+        f"Ran on {name}" + ("." if everywhere else f", with seeds: {', '.join(runs)}.")
+        for name, runs in ran.items()
+    ]
+    if len(machines) > 1:
+        notes.append("Times of each machine are in a table of their own.")
+    return notes
+
+
+def tuning_table(tuning):
+    """One row per model: its trials on valid, and what was chosen."""
+    scores = trials.scores(tuning["models"])
+    longest = max(map(len, scores.values()), default=0)
+    counts = [count for count in (1, 4, 16, 64) if count < longest] + [longest] * bool(longest)
+    header = ["model", "trials", "failed", "paper's recipe", "best", "chosen"]
+    header += [f"expected best of {count}" for count in counts]
+    rows = []
+    for name, model in tuning["models"].items():
+        found = model["trials"]
+        by_number = {trial["trial"]: trial for trial in found}
+        chosen = by_number.get(model.get("chosen"))
+        cells = [name, str(len(found)), str(sum(map(trials.is_failed, found)))]
+        cells += [trial_bits(by_number.get(0)), trial_bits(chosen)]
+        cells.append(setting_names(chosen["settings"]) if chosen else "–")
+        own = scores.get(name, [])
+        cells += [
+            f"{trials.expected_best(own, count):.3f}" if count <= len(own) else "–"
+            for count in counts
         ]
-    if missing:
-        lines += [f"Not finished: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return Table("Tuning: bits per byte on valid", header, rows)
 
 
-def grouped(rows, key):
-    """Names of models, grouped by ``key(row)``."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row["model"])
-    return groups
+def trial_bits(trial):
+    if trial is None:
+        return "–"
+    return "failed" if trials.is_failed(trial) else f"{trial['bits']:.3f}"
 
 
-def curve(runs, split, axis):
-    """A learning curve, averaged over seeds.
-
-    axis (str): the number of a run that the position on the axis is proportional to
-    Returns positions and bits.
-    """
-    seeds = [dict(run[f"{split}_curve"]) for run in runs]
-    updates = sorted(set.intersection(*map(set, seeds)))
-    per_update = mean(run[axis] / run["updates"] for run in runs)
-    return (
-        [update * per_update for update in updates],
-        [mean(points[update] for points in seeds) for update in updates],
+def setting_names(settings):
+    """Settings of a trial as text."""
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in settings.items()
     )
 
 
-def smooth(values):
-    """Running mean over ``SMOOTHING`` points, over fewer near both ends."""
-    half = SMOOTHING // 2
-    out = []
-    for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        out.append(mean(values[i - reach : i + reach + 1]))
-    return out
+def about_tuning(tuning):
+    notes = [
+        f"Tuning: {tuning['budget']} for each trial. The first trial of each model is the paper's "
+        "recipe. The choice is by valid only. The expected best of k trials is the unbiased "
+        "estimator of Tang et al. (arXiv 2004.13705); a failed trial counts like the worst of any "
+        "model."
+    ]
+    border = [
+        f"{name} ({', '.join(model['on_border'])})"
+        for name, model in tuning["models"].items()
+        if model.get("on_border")
+    ]
+    if border:
+        notes.append(f"Chosen on the border of the space: {', '.join(border)}.")
+    ran = grouped(
+        (describe(trial), f"{name} {trial['trial']}")
+        for name, model in tuning["models"].items()
+        for trial in model["trials"]
+        if trial.get("machine")
+    )
+    notes += [
+        f"Trials ran on {machine}" + ("." if len(ran) == 1 else f": {', '.join(found)}.")
+        for machine, found in ran.items()
+    ]
+    return notes
 
 
-def draw(results, rows, folder):
-    """Learning curves against seconds and against bytes; ImportError without matplotlib."""
-    from matplotlib.figure import Figure
+def about_rivals(rivals):
+    """Versions and times of compressors; their seconds are no times of training."""
+    if not rivals:
+        return []
+    found = "; ".join(
+        f"{rival_name(rival)}"
+        + (f" ({rival['primed_with']:,} bytes)" if rival["primed_with"] else "")
+        + f": {rival['version']}, {rival['seconds']:,.3g} s"
+        for rival in rivals
+    )
+    return [
+        "A compressor that is primed with train is charged for test only: the compressed size of "
+        f"both less that of train. {found}."
+    ]
 
-    for name, (axis, label) in PICTURES.items():
-        figure = Figure(figsize=(8, 5), constrained_layout=True)
-        axes = figure.add_subplot()
-        low, high = [], []
-        for row in rows:
-            runs = [result for result in results if result["model"] == row["model"]]
-            runs = timed(runs) if axis == "training_seconds" else runs
-            x, y = curve(runs, "train", axis)
-            y = smooth(y)
-            text = f"{row['model']}: {row['test']['bits']:.3f}"
-            (line,) = axes.plot(x, y, linewidth=1.2, label=text)
-            valid_x, valid_y = curve(runs, "valid", axis)
-            axes.plot(valid_x, valid_y, "o", markersize=4, color=line.get_color())
-            low += [min(y + valid_y)]
-            high += [y[len(y) // 10]]  # the first updates would compress the rest
-        if low and min(low) < max(high):
-            margin = 0.05 * (max(high) - min(low))
-            axes.set_ylim(min(low) - margin, max(high) + margin)
-        axes.set(xlabel=label, ylabel="bits per byte", xlim=(0, None))
-        axes.grid(alpha=0.3)
-        if rows:
-            axes.legend(title="model: test (line: train, points: valid)")
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
-        write_atomically(folder / name, picture.getvalue())
+
+def names(models):
+    """Names without repetition, as text."""
+    return ", ".join(dict.fromkeys(models))
+
+
+def grouped(pairs):
+    """Values by key, each once, in the order in which they come."""
+    groups = {}
+    for key, value in pairs:
+        found = groups.setdefault(key, [])
+        if value not in found:
+            found.append(value)
+    return groups
+
+
+def markdown(tables, notes):
+    """Tables and sentences as Markdown."""
+    parts = []
+    for table in tables:
+        lines = [f"**{table.title}**", ""] if table.title else []
+        lines += [f"| {' | '.join(table.header)} |", "| --- " * len(table.header) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        parts.append("\n".join(lines))
+    parts.append("\n".join(f"* {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"

@@ -231,7 +231,7 @@ def test_stock_model_with_our_task_is_evaluated_in_a_sliding_window(
     options = ["--data", data, "--configs", configs / "other.yaml", "--updates", 4, "--out", out]
     status, output, errors = compare(*options, "--seeds", 1, 2, PYTHONIOENCODING="ascii")
     assert (status, errors) == (0, ""), output
-    assert "of their range (seeds: other 2)" in output and output.isascii()
+    assert "Bits are means over seeds: 1, 2 (other)." in output and output.isascii()
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert [run["seed"] for run in runs] == [1, 2]
     for run in runs:
@@ -242,7 +242,7 @@ def test_stock_model_with_our_task_is_evaluated_in_a_sliding_window(
         assert found["tokens"] == found["bytes"] == expected["tokens"] == 832
         assert found["policy"] == "sliding window, context of at least 48, stride 16"
     table = (out / "table.md").read_text(encoding="utf-8")
-    assert " ± " in table
+    assert re.search(r"\d \[\d\.\d{3}, \d\.\d{3}\] ", table) and "†" not in table
     assert "Evaluated with sliding window, context of at least 48, stride 16: other." in table
 
 
@@ -252,7 +252,9 @@ def test_report_sums_up(finished):
     table = (out / "table.md").read_text()
     (row,) = [line for line in table.splitlines() if line.startswith("| good ")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:4] == ["7,952", f"{found['valid']['bits']:.3f}", f"{found['test']['bits']:.3f}"]
+    # One block of text, of one seed: the interval has no width.
+    bits = f"{found['test']['bits']:.3f}"
+    assert cells[:3] == ["good", f"{bits} [{bits}, {bits}]†", "7,952"]
     assert "Not finished: bad seed 1." in table
     assert "The budget was 100 updates of training." in table
     everything = json.loads((out / "results.json").read_text())
@@ -288,8 +290,7 @@ def test_plugin_is_found_without_a_clone(finished, tmp_path, monkeypatch):
 def test_results_of_the_examples_give_their_tables(name):
     folder = EXAMPLES / name / "enwiki6"
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows = summary.summarise(results["runs"])
-    table = summary.table(rows, results["settings"], results["not_finished"])
+    table = summary.markdown(*summary.report(results))
     assert table == (folder / "table.md").read_text(encoding="utf-8")
 
 
@@ -534,47 +535,6 @@ def test_log_of_a_resumed_run():
     assert not training.finished
     assert logs.read_peak("\n".join(lines)) == 70
     assert logs.read_training("\n".join(lines[:1])) is None
-
-
-def made_up(model, seed, test, points=((10, 4.0), (20, 3.0)), cpu="fast"):
-    evaluation = {"bits": test, "tokens": 832, "tokens_per_second": 1000.0}
-    curve = [list(point) for point in points]
-    numbers = dict(parameters=5, updates=20, bytes=2000, peak_memory_mb=seed)
-    numbers["training_seconds"] = 20.0 / seed
-    return {
-        **{"model": model, "seed": seed, "training_tokens_per_second": 500.0 * seed, **numbers},
-        **{"valid": {**evaluation, "bits": test + 1}, "test": evaluation},
-        **{"train_curve": curve, "valid_curve": curve[-1:], "machine": {"cpu": cpu}},
-    }
-
-
-def test_table_has_means_and_spreads_and_the_best_first():
-    results = [made_up("a", 1, 2.5), made_up("b", 1, 2.0), made_up("b", 2, 2.2)]
-    results += [made_up("nan", 1, float("nan")), made_up("b", 3, 2.4), made_up("c", 1, 2.3)]
-    rows = summary.summarise(results)
-    assert [row["model"] for row in rows] == ["b", "c", "a", "nan"]
-    lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
-    assert lines[2] == "| b | 5 | 3.200 ± 0.200 | 2.200 ± 0.200 | 1,000 | 1,000 | 3 | 2,000 | 12 |"
-    assert lines[3] == "| c | 5 | 3.300 | 2.300 | 500 | 1,000 | 1 | 2,000 | 20 |"
-    assert "mean over seeds ± half of their range (seeds: b 3, c 1, a 1, nan 1)" in lines[-4]
-    assert lines[-1] == "Speed, seconds and memory were measured on fast: b, c, a, nan."
-
-
-def test_times_of_two_machines_are_not_put_together():
-    results = [made_up("a", 1, 2.0), made_up("a", 2, 3.0, cpu="slow"), made_up("b", 1, 2.5)]
-    rows = summary.summarise(results)
-    lines = summary.table(rows, {"budget": "20 updates"}, []).splitlines()
-    assert lines[2] == "| a | 5 | 3.500 ± 0.500 | 2.500 ± 0.500 | 500 | 1,000 | 1 | 2,000 | 20 |"
-    assert lines[-1].startswith("Another seed ran on another machine") and lines[-1].endswith(
-        ": a."
-    )
-
-
-def test_curves_are_means_over_seeds():
-    runs = [made_up("a", 1, 2), made_up("a", 2, 2, ((10, 5.0), (20, 3.5), (30, 1.0)))]
-    assert summary.curve(runs, "train", "training_seconds") == ([7.5, 15], [4.5, 3.25])
-    assert summary.curve(runs, "valid", "bytes") == ([], [])  # no point in common
-    assert summary.smooth([0, 3, 6, 0, 30, 0]) == pytest.approx([0, 3, 7.8, 7.8, 10, 0])
 
 
 def test_progress_is_visible_and_a_failure_shows_the_end_of_the_log(tmp_path, monkeypatch, capsys):

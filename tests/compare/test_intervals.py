@@ -1,9 +1,9 @@
-"""Bootstrap intervals against simulated data."""
+"""Intervals against simulated data."""
 
 import numpy as np
 import pytest
 
-from fairseq_sha.compare.intervals import interval
+from fairseq_sha.compare.intervals import draws, interval, rank_ends
 
 
 def simulated(random, mean, seeds=6, blocks=40, spread=20.0, noise=None):
@@ -43,11 +43,53 @@ def test_no_difference_is_not_resolved():
 
 
 def test_equals_drawing_one_sample_after_another():
-    bits = np.array([[1.0, 2.0, 4.0], [2.0, 2.0, 7.0]])
+    bits = np.array([[1.0, 2.0, 4.0], [2.0, 2.0, 7.0], [1.0, 3.0, 5.0]])
     value, low, high = interval(bits, 3)
     random, samples = np.random.RandomState(9), []
-    for _ in range(4000):
-        seeds, blocks = random.randint(2, size=2), random.randint(3, size=3)
-        samples.append(bits[seeds][:, blocks].mean(0).sum() / 3)
+    error = np.sqrt(np.var([7, 11, 9], ddof=1) / 3)
+    for _ in range(20_000):
+        blocks = random.randint(3, size=3)
+        # Student's t with two degrees of freedom, from its definition
+        t = random.normal() / np.sqrt((random.normal(size=2) ** 2).mean())
+        samples.append((bits[:, blocks].mean(0).sum() + error * t) / 3)
     assert value == pytest.approx(3.0)
-    assert [low, high] == pytest.approx(np.percentile(samples, [2.5, 97.5]), abs=0.25)
+    assert [low, high] == pytest.approx(np.percentile(samples, [2.5, 97.5]), abs=0.15)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_difference_contains_the_truth_as_often_as_it_says_though_seeds_are_few(seeds):
+    """A bootstrap of three seeds would contain it in three of four cases."""
+    random = np.random.RandomState(4)
+    hits = 0
+    for trial in range(60):
+        noise = random.normal(0, 300, 20)
+        first, second = (
+            simulated(random, mean, seeds, 20, spread=400, noise=noise) for mean in (2.05, 2.0)
+        )
+        _, low, high = interval(first, 20_000, second, seed=trial)
+        hits += low < 0.05 < high
+    assert hits >= 54
+
+
+def test_one_seed_gives_the_spread_of_blocks_only():
+    bits = np.array([[1.0, 2.0, 4.0]])
+    _, low, high = interval(bits, 3)
+    assert (low, high) == (1.0, 4.0)
+
+
+def test_ranks():
+    random = np.random.RandomState(5)
+    noise = random.normal(0, 100, 40)
+    models = [simulated(random, mean, noise=noise, spread=40) for mean in (2.5, 2.0, 2.001, 3.0)]
+    models.append(np.full((2, 40), np.nan))
+    low, high = rank_ends(draws(models, 40_000))
+    assert low.tolist() == [3, 1, 1, 4, 5] and high.tolist() == [3, 2, 2, 4, 5]
+
+
+def test_short_last_block_counts_by_its_bytes():
+    """A text that costs the same everywhere leaves no doubt."""
+    bits = np.array([[2000.0, 2000.0, 600.0], [2000.0, 2000.0, 600.0]])
+    assert interval(bits, 2300, block_bytes=1000) == pytest.approx((2.0, 2.0, 2.0))
+    assert interval(bits, 2300, bits - [[100, 100, 30]], block_bytes=1000) == pytest.approx(
+        [0.1] * 3
+    )

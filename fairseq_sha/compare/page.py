@@ -1,0 +1,191 @@
+"""The report of one or several comparisons: report.md, pictures, and index.html, which needs no
+other file."""
+
+import base64
+import html
+import json
+from typing import List, NamedTuple, Tuple
+
+from fairseq_sha.compare import pictures, summary
+from fairseq_sha.errors import UserError
+from fairseq_sha.files import write_atomically
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1b1b1b; --back: #fff; --line: #d0d0d0; --soft: #f3f3f3 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e4e4; --back: #16181c; --line: #42454c; --soft: #24272d }
+}
+body { color: var(--text); background: var(--back); font: 16px/1.5 system-ui, sans-serif;
+  max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+h2 { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1rem }
+.wide { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums }
+th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; vertical-align: bottom }
+thead th { white-space: normal; min-width: 4.5rem; background: var(--soft) }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--back) }
+tbody th { white-space: normal; min-width: 8rem }
+thead th:first-child { background: var(--soft) }
+caption { text-align: left; font-weight: bold; padding: 0.5rem 0 }
+figure { margin: 1.5rem 0 } figcaption { font-size: 0.9rem }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
+code { background: var(--soft); padding: 0.1rem 0.3rem; overflow-wrap: anywhere }
+li { overflow-wrap: anywhere }
+"""
+
+
+class Section(NamedTuple):
+    """A part of the report."""
+
+    title: str
+    command: str  # empty: none
+    tables: List[summary.Table]
+    pictures: List[Tuple[str, str]]  # names of files and captions
+    notes: List[str]
+
+
+def write(folders, destination):
+    """Write the report.
+
+    Args:
+        folders (list of Path): of comparisons
+        destination (Path): a folder, which is made if it is missing
+
+    Returns:
+        whether pictures could be drawn
+
+    Raises:
+        UserError: a folder has no results, or they are not of the same test text
+    """
+    comparisons = {name: read(folder) for name, folder in zip(titles(folders), folders)}
+    rows = {name: summary.summarise(found["runs"]) for name, found in comparisons.items()}
+    check_same_text(rows)
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"--to {destination}: is a file; name a folder")
+    drawn, joint_drawn, complete = {}, [], True
+    try:
+        for number, (name, found) in enumerate(comparisons.items(), 1):
+            prefix = f"{number}_" if len(comparisons) > 1 else ""
+            written = pictures.draw(found, rows[name], destination, prefix)
+            drawn[name] = [(f"{prefix}{file}", pictures.PICTURES[file]) for file in written]
+        figure = pictures.compute(
+            [(rows[name], found.get("rivals") or []) for name, found in comparisons.items()]
+        )
+        if figure is not None:
+            pictures.save(figure, destination / pictures.COMPUTE)
+            joint_drawn.append((pictures.COMPUTE, pictures.COMPUTE_CAPTION))
+    except ImportError:
+        drawn, complete = {}, False
+    sections = []
+    if len(comparisons) > 1:
+        joint = joint_table(comparisons, rows)
+        note = "Intervals, machines, versions and commands are given with each comparison below."
+        sections.append(Section("All comparisons", "", [joint], joint_drawn, [note]))
+    for name, found in comparisons.items():
+        tables, notes = summary.report(found)
+        command = found.get("command", "")
+        sections.append(Section(name, command, tables, drawn.get(name, []), notes))
+    title = "Comparison of language models"
+    write_atomically(destination / "report.md", as_markdown(title, sections))
+    write_atomically(destination / "index.html", as_html(title, sections, destination))
+    return complete
+
+
+def titles(folders):
+    """A name for each folder: its last part, or all of its path if that is not enough."""
+    short = [folder.resolve().name for folder in folders]
+    return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders)]
+
+
+def read(folder):
+    """The results of a comparison; UserError."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; name a folder that fairseq-sha compare has written")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"settings", "not_finished", "runs"} <= set(found):
+        raise UserError(f"{path} has no results of fairseq-sha compare; run the comparison again")
+    if not found["runs"]:
+        raise UserError(f"{path} has no finished run; repeat the command of the comparison")
+    return found
+
+
+def check_same_text(rows):
+    """UserError if comparisons were scored on different text, by the bytes of their best models."""
+    sizes = {name: summary.best_row(found)["test_bytes"] for name, found in rows.items()}
+    (first, size), *others = sizes.items()
+    for name, other in others:
+        if not summary.is_same_text(size, other):
+            raise UserError(
+                f"{first} and {name} have scored different test data ({size:,} and {other:,} "
+                "bytes); make a report of each"
+            )
+
+
+def joint_table(comparisons, rows):
+    """Bits of each model in each comparison; the order is that of the last one that has it."""
+    models = {}
+    for found in reversed(list(rows.values())):
+        for row in found:
+            models.setdefault(row["model"], {})
+    for name, found in rows.items():
+        for row in found:
+            models[row["model"]][name] = summary.bits(row["scores"][row["recipe"]])
+    header = [f"{name} ({found['settings']['budget']})" for name, found in comparisons.items()]
+    lines = [[model, *(cells.get(name, "–") for name in rows)] for model, cells in models.items()]
+    return summary.Table("Bits per byte, test", ["model", *header], lines)
+
+
+def as_markdown(title, sections):
+    parts = [f"# {title}\n"]
+    for section in sections:
+        parts.append(f"## {section.title}\n")
+        if section.command:
+            parts.append(f"```\n{section.command}\n```\n")
+        parts.append(summary.markdown(section.tables, section.notes))
+        parts += [f"{caption}:\n\n![{caption}]({name})\n" for name, caption in section.pictures]
+    return "\n".join(parts)
+
+
+def as_html(title, sections, folder):
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        if section.command:
+            parts.append(f"<p><code>{html.escape(section.command)}</code></p>")
+        parts += map(table_as_html, section.tables)
+        notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
+        parts.append(f"<ul>\n{notes}\n</ul>")
+        for name, caption in section.pictures:
+            data = base64.b64encode((folder / name).read_bytes()).decode()
+            text = html.escape(caption)
+            parts.append(
+                f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+                f"<figcaption>{text}</figcaption></figure>"
+            )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def table_as_html(table):
+    caption = f"<caption>{html.escape(table.title)}</caption>" if table.title else ""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.header)
+    lines = []
+    for name, *cells in table.rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
+    body = "\n".join(lines)
+    return (
+        f'<div class="wide" tabindex="0"><table>{caption}\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )

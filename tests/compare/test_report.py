@@ -1,0 +1,121 @@
+"""``fairseq-sha report``: what it writes, and what it refuses."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from fairseq_sha.commands import main
+from fairseq_sha.compare import summary
+from tests.compare.results import comparison
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two comparisons of one name, with two budgets."""
+    made = []
+    for seconds, shift in ((720, 0.0), (2880, -0.2)):
+        folder = tmp_path_factory.mktemp(f"budget{seconds}") / "out"
+        folder.mkdir()
+        found = comparison(seconds, tuned=seconds == 720, shift=shift)
+        summary.write_results(folder / "results.json", found)
+        made.append(folder)
+    return made
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects cells and addresses."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.cells = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th", "code"):
+            self.cells.append(data)
+
+
+def test_page_holds_all_of_it(folders, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new" / "page"
+    assert main(["report", *map(str, folders), "--to", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'index.html'}\n"
+    text = (out / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.links) == 1 + 4 + 2
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "<script" not in text and "prefers-color-scheme: dark" in text
+    report = (out / "report.md").read_text(encoding="utf-8")
+    for picture in re.findall(r"\]\((.*?)\)", report):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert report.count("](") == len(page.links)
+    for folder in folders:
+        assert f"## {folder}\n" in report and str(folder) in text  # both are called out
+    for seconds in (720, 2880):
+        command = comparison(seconds)["command"]
+        assert command in report and command in page.cells
+    for words in ("torch 2.13.0", "commit abc123", "OMP_NUM_THREADS=1"):
+        assert words in report and words in text
+    # The same numbers in both.
+    cells = re.findall(r"(?<=\| )[^|\n]+(?= \|)", report)
+    assert [cell for cell in cells if cell != "---"] == [
+        cell for cell in page.cells if not cell.startswith("fairseq-sha")
+    ]
+
+
+def test_works_without_matplotlib(folders, tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from fairseq_sha.commands import main\n"
+        "status = main(sys.argv[1:])\n"
+        "assert not {'torch', 'fairseq'} & set(sys.modules)\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", str(folders[0]), "--to", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'fairseq-sha[plots]'" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"index.html", "report.md"}
+    assert "not resolved" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def refused(capsys, *words):
+    assert main(["report", *map(str, words)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_refusals(folders, tmp_path, capsys):
+    to = ["--to", tmp_path / "page"]
+    assert "results.json is missing; name a folder" in refused(capsys, tmp_path, *to)
+    for content in ("{", "[]", '{"runs": []}'):
+        (tmp_path / "results.json").write_text(content)
+        assert "has no results of fairseq-sha compare" in refused(capsys, tmp_path, *to)
+    summary.write_results(tmp_path / "results.json", {**comparison(), "runs": []})
+    assert "has no finished run" in refused(capsys, tmp_path, *to)
+    other = comparison(tuned=False)
+    for run in other["runs"]:
+        run["test"]["bytes"] -= 5000
+    summary.write_results(tmp_path / "results.json", other)
+    error = refused(capsys, folders[0], tmp_path, *to)
+    assert "different test data (300,000 and 295,000 bytes)" in error
+    assert not (tmp_path / "page").exists()
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(capsys, folders[0], "--to", tmp_path / "file")

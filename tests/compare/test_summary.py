@@ -1,0 +1,207 @@
+"""Tables and pictures of made-up results."""
+
+import pytest
+
+from fairseq_sha.compare import pictures, summary
+from tests.compare.results import FAST, SLOW, comparison, run
+
+
+def made_up(model, seed, test, points=((10, 4.0), (20, 3.0)), cpu="fast"):
+    """A run as it was before bits of blocks were saved."""
+    evaluation = {"bits": test, "tokens": 832, "tokens_per_second": 1000.0}
+    curve = [list(point) for point in points]
+    numbers = dict(parameters=5, updates=20, bytes=2000, peak_memory_mb=seed)
+    numbers["training_seconds"] = 20.0 / seed
+    return {
+        **{"model": model, "seed": seed, "training_tokens_per_second": 500.0 * seed, **numbers},
+        **{"valid": {**evaluation, "bits": test + 1}, "test": evaluation},
+        **{"train_curve": curve, "valid_curve": curve[-1:], "machine": {"cpu": cpu}},
+    }
+
+
+def report(runs, **changes):
+    """Tables and sentences about runs; the first table as a dict of its rows."""
+    everything = {"settings": {"budget": "20 updates"}, "not_finished": [], "runs": runs}
+    (first, *others), notes = summary.report({**everything, **changes})
+    return {name: dict(zip(first.header[1:], cells)) for name, *cells in first.rows}, others, notes
+
+
+def with_note(notes, start):
+    """The one sentence that starts so."""
+    (found,) = [note for note in notes if note.startswith(start)]
+    return found
+
+
+def test_results_without_blocks_have_no_intervals():
+    runs = [made_up("a", 1, 2.5), made_up("b", 1, 2.0), made_up("b", 2, 2.2)]
+    runs += [made_up("nan", 1, float("nan")), made_up("b", 3, 2.4), made_up("c", 1, 2.3)]
+    rows, others, notes = report(runs)
+    assert list(rows) == ["b", "c", "a", "nan"] and others == []
+    assert list(rows["b"].items()) == [
+        ("bits per byte, test", "2.200"),
+        ("difference to the best model", "best"),
+        ("parameters", "5"),
+        ("bytes seen", "2,000"),
+        ("tokens/s, training", "1,000"),
+        ("tokens/s, evaluation", "1,000"),
+        ("peak memory, MB", "3"),
+        ("training, s", "12"),
+    ]
+    assert list(rows["c"].values())[:2] == ["2.300", "+0.100"]
+    assert list(rows["nan"].values())[:2] == ["diverged", "–"]
+    assert with_note(notes, "Bits are") == "Bits are means over seeds: 1, 2, 3 (b); 1 (c, a, nan)."
+    assert with_note(notes, "No interval").endswith(": b, c, a, nan.")
+    assert with_note(notes, "Ran on") == "Ran on fast."
+    assert not any("Brackets" in note or "†" in note for note in notes)
+
+
+def test_times_of_two_machines_are_not_put_together():
+    runs = [made_up("a", 1, 2.0), made_up("a", 2, 3.0, cpu="slow"), made_up("b", 1, 2.6)]
+    rows, times, notes = report(runs)
+    assert not any("tokens/s" in column or ", s" in column for column in rows["a"])
+    assert rows["a"]["bits per byte, test"] == "2.500"
+    fast, slow = times
+    assert fast.title == "Times on fast" and slow.title == "Times on slow"
+    assert fast.rows == [["a", "500", "1,000", "1", "20"], ["b", "500", "1,000", "1", "20"]]
+    assert slow.rows == [["a", "1,000", "1,000", "2", "10"]]
+    assert "Ran on slow, with seeds: a (2)." in notes
+
+
+def test_learning_curves_of_two_machines_are_in_two_panels():
+    pytest.importorskip("matplotlib")
+    runs = [made_up("a", 1, 2.0), made_up("a", 2, 3.0, cpu="slow"), made_up("b", 1, 2.6)]
+    rows = summary.summarise(runs)
+    figure = pictures.curves(rows, pictures.styles_of("ab"), "bytes", "x")
+    assert len(figure.axes) == 1
+    figure = pictures.curves(rows, pictures.styles_of("ab"), "training_seconds", "x")
+    assert [axes.get_title() for axes in figure.axes] == ["fast", "slow"]
+
+
+def test_another_commit_is_named_and_is_no_other_machine():
+    other = {**FAST, "commit": "def456"}
+    random = Still()
+    runs = [run("a", 1, 2.0, random), run("a", 2, 2.0, random, machine=other)]
+    _, others, notes = report(runs)
+    assert others == []
+    assert [n.split(", with")[0].split(", ")[-1] for n in notes if n.startswith("Ran")] == [
+        "commit abc123",
+        "commit def456",
+    ]
+
+
+class Still:
+    """Random numbers without randomness."""
+
+    def normal(self, mean, spread, size=None):
+        return mean
+
+
+def test_tuned_models_and_compressors():
+    found = comparison()
+    rows, (tuning,), notes = report(**found)
+    assert list(rows) == [
+        "PPMd, order 16, primed with train",
+        *("sha_lstm", "sha_sru", "PPMd, order 16, alone", "sha_rnn", "adaptive_span"),
+        *("xz -9e, alone", "transformer_xl", "min_gru"),
+    ]
+    paper, tuned, difference = (
+        "bits per byte, test, paper's recipe",
+        "tuned",
+        "difference to the best model",
+    )
+    assert rows["sha_lstm"][difference] == "best"
+    assert rows["sha_sru"][difference].startswith("not resolved [-0.0")
+    assert rows["sha_sru"]["rank"] == rows["sha_lstm"]["rank"] == "1 to 2"
+    assert rows["sha_rnn"]["rank"] == "3" and rows["min_gru"]["rank"] == "6"
+    assert rows["sha_rnn"][difference].startswith("+0.07")
+    for model in ("sha_lstm", "transformer_xl"):
+        assert float(rows[model][paper].split()[0]) > float(rows[model][tuned].split()[0]) + 0.1
+    assert rows["min_gru"][paper] == "–" and rows["min_gru"][tuned] == "diverged"
+    assert rows["PPMd, order 16, primed with train"][tuned] == "1.790"
+    assert rows["PPMd, order 16, primed with train"]["bytes seen"] == "5,480,772"
+    assert rows["xz -9e, alone"]["training, s"] == "–"
+    assert rows["sha_rnn"]["training FLOPs"] == "6.05e13"
+
+    line = dict(zip(tuning.header, tuning.rows[0]))
+    assert (line["trials"], line["failed"]) == ("8", "1")
+    assert line["expected best of 8"] == line["best"] < line["expected best of 4"]
+    assert line["chosen"].startswith("lr ")
+    assert "Not finished: min_gru seed 2." in notes
+    assert with_note(notes, "Diverged") == "Diverged in at least one seed: min_gru."
+    assert "pyppmd 1.1.0, 1.2 s" in with_note(notes, "A compressor")
+
+
+def test_intervals_of_one_seed_are_marked():
+    rows, _, notes = report(**comparison(seeds=(1,), rivals=False))
+    for cells in rows.values():
+        for column in ("tuned", "difference to the best model"):
+            assert ("[" in cells[column]) == cells[column].endswith("]†")
+    assert "not what another seed would change" in with_note(notes, "†")
+    assert not any("†" in note for note in report(**without_diverged(comparison()))[2])
+
+
+def without_diverged(found):
+    return {**found, "runs": [run for run in found["runs"] if run["model"] != "min_gru"]}
+
+
+def test_models_of_another_text_are_not_compared():
+    runs = without_diverged(comparison(tuned=False))["runs"]
+    for found in runs:
+        if found["model"] == "sha_lstm":
+            found["test"]["bytes"] -= 5000
+    rows, _, _ = report(runs)
+    assert rows["sha_lstm"]["difference to the best model"] == "other text"
+    assert rows["sha_lstm"]["rank"] == "–"
+    assert rows["sha_sru"]["difference to the best model"] == "best"
+    assert rows["sha_sru"]["rank"] == "1"
+
+
+def test_written_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = comparison()
+    assert summary.write(tmp_path, found)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("results.json", "table.md"),
+        *pictures.PICTURES,
+    }
+
+
+def test_curves_are_means_over_seeds():
+    runs = [made_up("a", 1, 2), made_up("a", 2, 2, ((10, 5.0), (20, 3.5), (30, 1.0)))]
+    assert pictures.curve(runs, "train", "training_seconds") == ([7.5, 15], [4.5, 3.25])
+    assert pictures.curve(runs, "valid", "bytes") == ([], [])  # no point in common
+    assert pictures.smooth([0, 3, 6, 0, 30, 0]) == pytest.approx([0, 3, 7.8, 7.8, 10, 0])
+
+
+def test_lines_through_budgets_leave_out_what_diverged():
+    pytest.importorskip("matplotlib")
+    found = [comparison(720), comparison(2880, seeds=(1,), shift=-0.2)]
+    for other in found[1]["runs"]:
+        if other["model"] == "sha_rnn":
+            other["machine"] = SLOW
+    comparisons = [(summary.summarise(f["runs"]), f["rivals"]) for f in found]
+    figure = pictures.compute(comparisons)
+    assert [axes.get_xlabel() for axes in figure.axes] == [
+        *("seconds of training", "training FLOPs", "bytes seen")
+    ]
+    for axes in figure.axes:
+        names = [container.get_label() for container in axes.containers]
+        assert "min_gru" not in names and len(names) == 5
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+    seconds = dict(zip(names, figure.axes[0].containers))
+    assert list(seconds["sha_lstm"][0].get_xdata()) == [720, 2880]
+    assert list(seconds["sha_rnn"][0].get_xdata()) == [720]  # the other time is of a slow machine
+    assert pictures.compute(comparisons[:1]) is None
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0.1, 0.3, 1.0, 3.0, 10.0], True),
+        ([0.05, 0.3, 0.5, 0.7, 1.0], False),
+        ([0.0, 0.1, 1.0], False),
+        ([8, 8, 16], False),
+    ],
+)
+def test_scale_of_a_setting(values, expected):
+    assert pictures.is_logarithmic(values) == expected
