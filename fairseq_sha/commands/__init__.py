@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write a model as ONNX",
     "import-weights": "make a checkpoint from published weights",
     "compare": "train and evaluate models under one budget",
+    "rivals": "what classical compressors make of a data folder",
 }
 
 
