@@ -197,10 +197,10 @@ def part_read(train, count, streams=1):
     Raises:
         UserError: ``count`` is negative, or ``streams`` not positive
     """
-    if count < 0 or streams < 1:
-        raise UserError(
-            f"{count} bytes in {streams} streams: give no negative number, and at least one stream"
-        )
+    if count < 0:
+        raise UserError(f"{count} bytes of train to prime with: give 0 or more")
+    if streams < 1:
+        raise UserError(f"{streams} streams: a model reads at least one")
     if count >= len(train):
         return train
     bounds, ends = _bounds(len(train), streams), _bounds(count, streams)
