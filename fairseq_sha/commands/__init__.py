@@ -24,6 +24,7 @@ COMMANDS = {
     "import-weights": "make a checkpoint from published weights",
     "compare": "train and evaluate models under one budget",
     "report": "a page about comparisons",
+    "rivals": "what classical compressors make of a data folder",
 }
 
 

@@ -117,6 +117,13 @@ def add_arguments(parser):
         help="train all seeds of a model in one Hydra multirun with this launcher, such as "
         "submitit_slurm; by default they are trained one after the other on this machine",
     )
+    parser.add_argument(
+        "--rivals",
+        nargs="+",
+        metavar="NAME",
+        help="classical compressors in the table, see `fairseq-sha rivals --help` (default: all that "
+        "are installed); none: without them",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
 
 

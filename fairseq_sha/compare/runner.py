@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from fairseq_sha.compare import recipe as recipes
-from fairseq_sha.compare import summary, tuning
+from fairseq_sha.compare import compressors, summary, texts, tuning
 from fairseq_sha.compare.logs import read
 from fairseq_sha.compare.processes import Processes, RunFailed
 from fairseq_sha.compare.runs import (
@@ -104,7 +104,7 @@ def compare(args):
         for number, (model, seed) in enumerate(runs, 1)
         if model.folder in updates
     )
-    drawn = report(args, runs, settings, tuned)
+    drawn = report(args, runs, settings, tuned, rivals(args, runs))
     print(read(args.out / "table.md"))
     if not drawn:
         print("no pictures: matplotlib is missing; pip install 'fairseq-sha[plots]' and repeat")
@@ -134,6 +134,8 @@ def load(args):
     args.seeds = list(dict.fromkeys(args.seeds))
     args.paper_seeds = args.seeds if args.paper_seeds is None else args.paper_seeds
     args.budget = budget_of(args)
+    if args.rivals != ["none"]:
+        compressors.chosen(args.rivals)
     threads = max(1, len(os.sched_getaffinity(0)) // args.parallel) if args.parallel > 1 else None
     args.processes = Processes(args.parallel, threads)
     if args.device is not None:
@@ -286,8 +288,8 @@ def multirun(args, model, updates):
         )
 
 
-def report(args, runs, settings, tuned):
-    """Write the results so far; returns whether pictures could be drawn."""
+def finished(args, runs):
+    """The results so far, and the names of the runs that have none."""
     results, missing = [], []
     for model, seed in runs:
         path = args.out / model.folder / f"seed{seed}" / "result.json"
@@ -295,6 +297,39 @@ def report(args, runs, settings, tuned):
             results.append(json.loads(read(path)))
         else:
             missing.append(f"{model.title} seed {seed}")
+    return results, missing
+
+
+def rivals(args, runs):
+    """Classical compressors on the same text: alone, primed with as many bytes of train as the best
+    model has read, and with all of train."""
+    if args.rivals == ["none"]:
+        return []
+    results, _ = finished(args, runs)
+    folder = Path(runs[0][0].config["task"]["data"])
+    try:
+        train, test = (texts.read_text(folder, split) for split in ("train", "test"))
+    except UserError as error:
+        print(f"no compressors beside the models: {error}")
+        return []
+    absent = compressors.missing(args.rivals)
+    if absent:
+        print(absent)
+    seen = [run["bytes"] for run in sorted(results, key=lambda run: run["test"]["bits"])[:1]]
+    return compressors.rows(
+        train,
+        test,
+        primed_with=[0, *seen, len(train)],
+        cache=args.out / "rivals.json",
+        only=args.rivals,
+        streams=recipes.lookup(runs[0][0].config, "dataset.batch_size", 1),
+        progress=lambda line: print(line, flush=True),
+    )
+
+
+def report(args, runs, settings, tuned, rivals=()):
+    """Write the results so far; returns whether pictures could be drawn."""
+    results, missing = finished(args, runs)
     contents = list(settings.values())
     common = {
         key: value
@@ -308,6 +343,7 @@ def report(args, runs, settings, tuned):
         "settings": common,
         "not_finished": missing,
         **({"tuning": tuned.results()} if tuned else {}),
+        **({"rivals": list(rivals)} if rivals else {}),
         "runs": results,
     }
     return summary.write(args.out, everything)

@@ -333,7 +333,8 @@ def power(number):
 
 
 def rival_name(rival):
-    return f"{rival['name']}, {'primed with train' if rival['primed_with'] else 'alone'}"
+    read = rival["primed_with"]
+    return f"{rival['name']}, {f'primed with {read:,} bytes' if read else 'alone'}"
 
 
 def about_bits(rows, rivals):
