@@ -121,8 +121,8 @@ def add_arguments(parser):
         "--rivals",
         nargs="+",
         metavar="NAME",
-        help="classical compressors in the table, see `fairseq-sha rivals --help` (default: all that "
-        "are installed); none: without them",
+        help="classical compressors in the table, see `fairseq-sha rivals --help`; none: without "
+        "them (default: all that are installed)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
 

@@ -219,7 +219,7 @@ def compute(comparisons):
             )
         for (name, primed), bits in rivals.items():
             panel.axhline(bits, linestyle="--", linewidth=0.8, color="grey")
-            text = f"{name}, {'primed with train' if primed else 'alone'}"
+            text = f"{name}, {f'primed with {primed:,} bytes' if primed else 'alone'}"
             panel.text(
                 *(0.01, bits, text),
                 transform=panel.get_yaxis_transform(),

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.compare import compressors, summary, texts, tuning
+from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.compare.logs import read
 from fairseq_sha.compare.processes import Processes, RunFailed
 from fairseq_sha.compare.runs import (

@@ -133,7 +133,7 @@ def stopped(data, configs, elsewhere, tmp_path_factory):
     """A comparison that Ctrl-C stopped after the first checkpoint: its options and outcome."""
     out = tmp_path_factory.mktemp("results") / "out"
     options = ["--data", data, "--configs", configs / "good.yaml", configs / "bad.yaml"]
-    options += ["--updates", UPDATES, "--out", out]
+    options += ["--updates", UPDATES, "--out", out, "--rivals", "xz"]
     process = start(elsewhere, *options)
     checkpoint = out / "good" / "seed1" / "checkpoints" / "checkpoint_last.pt"
     while process.poll() is None and not checkpoint.exists():
@@ -246,7 +246,7 @@ def test_stock_model_with_our_task_is_evaluated_in_a_sliding_window(
     assert "Evaluated with sliding window, context of at least 48, stride 16: other." in table
 
 
-def test_report_sums_up(finished):
+def test_report_sums_up(data, finished):
     out, options, *_ = finished
     found = result(out)
     table = (out / "table.md").read_text()
@@ -254,7 +254,19 @@ def test_report_sums_up(finished):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # One block of text, of one seed: the interval has no width.
     bits = f"{found['test']['bits']:.3f}"
-    assert cells[:3] == ["good", f"{bits} [{bits}, {bits}]†", "7,952"]
+    assert cells[:4] == ["good", f"{bits} [{bits}, {bits}]†", "best", "7,952"]
+    rivals = json.loads((out / "results.json").read_text())["rivals"]
+    # The model has read all of train, more than once.
+    size = (data / "train.bin").stat().st_size // 2
+    assert size < found["bytes"]
+    assert [(row["name"], row["primed_with"]) for row in rivals] == [
+        ("xz -9e", 0),
+        ("xz -9e", size),
+    ]
+    for row in rivals:
+        name = f"primed with {row['primed_with']:,} bytes" if row["primed_with"] else "alone"
+        gap = row["bits"] - found["test"]["bits"]
+        assert f"| xz -9e, {name} | {row['bits']:.3f} | {gap:+.3f} |" in table
     assert "Not finished: bad seed 1." in table
     assert "The budget was 100 updates of training." in table
     everything = json.loads((out / "results.json").read_text())

@@ -100,7 +100,7 @@ def test_tuned_models_and_compressors():
     found = comparison()
     rows, (tuning,), notes = report(**found)
     assert list(rows) == [
-        "PPMd, order 16, primed with train",
+        "PPMd, order 16, primed with 5,480,772 bytes",
         *("sha_lstm", "sha_sru", "PPMd, order 16, alone", "sha_rnn", "adaptive_span"),
         *("xz -9e, alone", "transformer_xl", "min_gru"),
     ]
@@ -117,8 +117,8 @@ def test_tuned_models_and_compressors():
     for model in ("sha_lstm", "transformer_xl"):
         assert float(rows[model][paper].split()[0]) > float(rows[model][tuned].split()[0]) + 0.1
     assert rows["min_gru"][paper] == "–" and rows["min_gru"][tuned] == "diverged"
-    assert rows["PPMd, order 16, primed with train"][tuned] == "1.790"
-    assert rows["PPMd, order 16, primed with train"]["bytes seen"] == "5,480,772"
+    assert rows["PPMd, order 16, primed with 5,480,772 bytes"][tuned] == "1.790"
+    assert rows["PPMd, order 16, primed with 5,480,772 bytes"]["bytes seen"] == "5,480,772"
     assert rows["xz -9e, alone"]["training, s"] == "–"
     assert rows["sha_rnn"]["training FLOPs"] == "6.05e13"
 
