@@ -281,7 +281,7 @@ def write_split(split, lines, table, folder):
     UserError: a byte has no token; to map it to <unk> would make every score wrong
     """
     tokens_path, index_path = folder / f"{split.name}.bin", folder / f"{split.name}.idx"
-    with open(tokens_path, "wb") as file, line_indexer(index_path, lines) as add_tokens:
+    with open(tokens_path, "wb") as file, line_indexer(index_path, lines) as add_ends:
         position = 0
         for chunk in split.chunks():
             tokens = table[chunk]
@@ -289,7 +289,7 @@ def write_split(split, lines, table, folder):
             if unknown.any():
                 raise unseen(split, chunk, int(unknown.argmax()), position)
             file.write(tokens)
-            add_tokens(tokens)
+            add_ends(chunk == NEWLINE)
             position += len(chunk)
 
 
@@ -315,11 +315,11 @@ def finish_split(folder, name, lines, table, stored, dtype=np.uint16):
     path = folder / f"{name}.bin"
     total = 0
     with open(path, "rb") as numbers, open(path, "r+b") as file:
-        with line_indexer(folder / f"{name}.idx", lines, dtype) as add_tokens:
+        with line_indexer(folder / f"{name}.idx", lines, dtype) as add_ends:
             for block in arrays(numbers, stored):
                 tokens = block if table is None else table[block]
                 file.write(tokens.astype(dtype, copy=False))
-                add_tokens(tokens)
+                add_ends(tokens == EOS)
                 total += len(tokens)
         file.truncate()
     return total
@@ -338,20 +338,20 @@ def arrays(file, dtype):
 def line_indexer(path, lines, dtype=np.uint16):
     """Write the index of a split whose items are its ``lines`` lines; see ``index_writer``.
 
-    Yields a function that takes the tokens of the split, array after array. ``</s>`` ends a line;
-    the last one may lack it.
+    Yields a function that is told, array after array, which tokens end a line (bool [n]). The last
+    line may lack an end.
     """
     position = begin = 0  # in tokens: all so far; the current line
     with index_writer(path, lines, dtype) as add_items:
 
-        def add_tokens(tokens):
+        def add(ends):
             nonlocal position, begin
-            edges = np.append(begin, position + 1 + np.flatnonzero(tokens == EOS))
+            edges = np.append(begin, position + 1 + np.flatnonzero(ends))
             add_items(edges)
             begin = edges[-1]
-            position += len(tokens)
+            position += len(ends)
 
-        yield add_tokens
+        yield add
         if begin < position:
             add_items(np.array([begin, position]))
 
