@@ -49,9 +49,9 @@ DEMO_WORDS_OPTIONS := --task segment_language_modeling --codec words --cpu \
   --tokens-per-sample 49 --batch-size 16 --batch-size-valid 16 \
   --optimizer adam --adam-betas '(0.9, 0.99)' --clip-norm 1 \
   --criterion cross_entropy_with_auxiliary_losses \
-  --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 60 \
-  --total-num-update 600 --max-update 600 --log-interval 20 \
-  --validate-interval 1000 --validate-interval-updates 200 --save-interval-updates 200 \
+  --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 100 \
+  --total-num-update 1000 --max-update 1000 --log-interval 20 \
+  --validate-interval 1000 --validate-interval-updates 250 --save-interval-updates 250 \
   --keep-interval-updates 1 --no-epoch-checkpoints
 
 demo: $(RUN)/report.md
