@@ -1,5 +1,6 @@
 # Each target makes the virtual environment that it needs; see README.md.
 #   make demo            train and evaluate a small SHA-RNN on real Wikipedia bytes, on two CPU cores
+#   make demo-words      the same on words, with an adaptive input and softmax
 #   make test            lint and all tests except the slow ones
 #   make test-long       lint and all tests, such as those of killed runs and several workers
 #   make test-312        make test on Python 3.12
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-312 test-upstream has-python38 lint bench bench-growth tokenization clean
+.PHONY: demo demo-words test test-long test-312 test-upstream has-python38 lint bench bench-growth tokenization clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,6 +39,20 @@ DEMO_OPTIONS := --task byte_language_modeling --cpu \
   --total-num-update 2800 --max-update 2800 --log-interval 50 \
   --validate-interval-updates 700 --save-interval-updates 700 --keep-interval-updates 1 \
   --no-epoch-checkpoints
+
+WORDS := data-bin/enwiki6-words
+WORDS_RUN := runs/demo-words
+# As many updates as two cores make in about four minutes: too few for dropout to help.
+DEMO_WORDS_OPTIONS := --task segment_language_modeling --codec words --cpu \
+  --arch sha_rnn_small --width 128 --num-layers 4 --attention-layers 2 --cell sru --window 196 \
+  --cutoffs 2000,6000 --div-val 2 --dropout-input 0 --dropout-hidden 0 --dropout-output 0 \
+  --tokens-per-sample 49 --batch-size 16 --batch-size-valid 16 \
+  --optimizer adam --adam-betas '(0.9, 0.99)' --clip-norm 1 \
+  --criterion cross_entropy_with_auxiliary_losses \
+  --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 100 \
+  --total-num-update 1000 --max-update 1000 --log-interval 20 \
+  --validate-interval 1000 --validate-interval-updates 250 --save-interval-updates 250 \
+  --keep-interval-updates 1 --no-epoch-checkpoints
 
 demo: $(RUN)/report.md
 	@cat $<
@@ -70,6 +85,23 @@ $(RUN)/test.json: $(RUN)/trained
 
 $(RUN)/report.md: $(RUN)/test.json
 	$(BIN)/python examples/enwiki6/report.py --data $(DATA) --run $(RUN)
+
+demo-words: $(WORDS_RUN)/report.md
+	@cat $<
+
+$(WORDS_RUN)/trained: | $(WORDS)/dict.txt
+	mkdir -p $(WORDS_RUN)
+	$(BIN)/fairseq-train $(WORDS) --user-dir fairseq_sha $(DEMO_WORDS_OPTIONS) \
+	  --save-dir $(WORDS_RUN)/checkpoints --tensorboard-logdir $(WORDS_RUN)/tensorboard
+	touch $@
+
+$(WORDS_RUN)/test.json: $(WORDS_RUN)/trained
+	rm -f $@
+	$(BIN)/fairseq-sha evaluate $(WORDS) --path $(WORDS_RUN)/checkpoints/checkpoint_last.pt --cpu \
+	  --split test --batch-size 8 --tokens-per-sample 49 --json $@
+
+$(WORDS_RUN)/report.md: $(WORDS_RUN)/test.json
+	$(BIN)/python examples/enwiki6/report_words.py --data $(WORDS) --run $(WORDS_RUN)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,9 +11,11 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fairseq_sha.checks import torch_is_at_least
+from fairseq_sha.data import pieces
 from fairseq_sha.errors import UserError
 
 #: A file holds its weights up to this size in bytes. Protocol buffers end at 2 GB; torch and
@@ -45,6 +47,33 @@ class Segment(nn.Module):
         new_state = [layers[layer][key] for layer, key in self.names]
         new_state = [pad(tensor, rows) for tensor, rows in zip(new_state, self.padding)]
         return self.decoder.output_layer(features), new_state
+
+
+class AllBands(nn.Module):
+    """An adaptive embedding as a graph computes it: each token is looked up in every band, and the
+    right one is chosen. Sorting tokens by band would need sizes that depend on them.
+
+    Args:
+        embedding (~fairseq_sha.models.embeddings.AdaptiveEmbedding): whose parameters it shares
+    """
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+        self.embedding_dim = embedding.embedding_dim
+
+    def forward(self, tokens, training=False):
+        """Tokens ``[...]`` to ``[..., H]``."""
+        embedding, bands = self.embedding, self.embedding.bands
+        rows = (tokens - bands.first).clamp(min=0)
+        embedded = 0.0
+        for i, weight in enumerate(embedding.weights):
+            start, end = bands.edges[i], bands.edges[i + 1]
+            e = F.embedding((rows - start).clamp(0, end - start - 1), weight)
+            e = F.linear(e, embedding.projections[i]) if bands.projected else e
+            is_here = (rows >= start) & (rows < end)
+            embedded = embedded + torch.where(is_here[..., None], e, torch.zeros_like(e))
+        return embedded
 
 
 def pad(tensor, rows):
@@ -82,6 +111,8 @@ def export(model, path, length=1, int8=False):
         raise UserError(f"{weights_path}: exists already; move it away")
     model.models[0].prepare_for_onnx_export_()
     names, start, rows_after = find_state(model, length)
+    if model.decoder.bands is not None:
+        model.decoder.embedding = AllBands(model.decoder.embedding)
     grows = [rows != len(tensor) for rows, tensor in zip(rows_after, start)]
     program = trace(model.decoder, length, names, start, grows)
     outputs = program.model.graph.outputs[1:]
@@ -147,12 +178,22 @@ def metadata(codec):
         for token, size in enumerate(sizes)
     ]
     special = [i for i, size in enumerate(sizes) if not size]
+    tokenizer = {"tokenizer": _tokenizer(codec)} if codec.name == "pieces" else {}
     return {
+        **tokenizer,
         "codec": codec.name,
         "symbols": json.dumps(symbols),
         "not_generated": json.dumps(sorted({*special, *codec.not_generated()})),
         "start": json.dumps(codec.start),
     }
+
+
+def _tokenizer(codec):
+    """The tokenizer of a codec of pieces, with token ids in place of its own ids, in JSON."""
+    tokenizer = json.loads(codec.tokenizer)
+    vocab = {symbol: codec.dictionary.index(symbol) for symbol in tokenizer["model"]["vocab"]}
+    tokenizer["model"]["vocab"] = {**vocab, pieces.NEWLINE: codec.dictionary.eos()}
+    return json.dumps(tokenizer)
 
 
 def symbol_bytes(codec, token):

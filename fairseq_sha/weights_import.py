@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fairseq_sha
 from fairseq_sha.checkpoints import is_damaged
+from fairseq_sha.data import pieces
 from fairseq_sha.data.codecs import CODECS
 from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.errors import UserError
@@ -72,24 +74,30 @@ def read_symbols(path, codec="bytes"):
     """What each row of the vocabulary stands for.
 
     Args:
-        path (str): a file with one symbol a line. A count may follow a word, as in the published
-            vocabulary of Billion Word
-        codec (str): ``bytes`` or ``words``
+        path (str): a file with one symbol a line. A count may follow a word or a piece, as in the
+            published vocabulary of Billion Word and in ``dict.txt``. Of pieces, it may also be the
+            JSON of the package ``tokenizers``, whose ids are the rows
+        codec (str): ``bytes``, ``words`` or ``pieces``
 
     Returns:
-        list of str: the symbols as a dictionary of fairseq names them: decimal byte values or
-        words, ``</s>`` for newline, ``<unk>`` for unknown words
+        list of str: the symbols as a dictionary of fairseq names them: decimal byte values, words
+        or pieces, ``</s>`` for newline, ``<unk>`` for unknown words
 
     Raises:
         UserError: no such file, a line that is no symbol, or one that occurs twice
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a file of symbols")
+    if codec == "pieces":
+        symbols = _pieces_by_id(path, content)
+        if symbols is not None:
+            return symbols
+    lines = content.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-    parse = {"bytes": _parse_byte, "words": _parse_word}[codec]
+    parse = {"bytes": _parse_byte, "words": _parse_word, "pieces": _parse_piece}[codec]
     symbols, seen = [], set()
     for number, line in enumerate(lines, 1):
         line = line[:-1] if line.endswith(b"\r") else line
@@ -127,6 +135,43 @@ def _parse_word(line):
     return SPECIAL_WORDS.get(words[0], words[0])
 
 
+def _parse_piece(line):
+    words = line.decode("utf-8", "replace").split(" ")
+    has_count = len(words) == 2 and words[1].isdigit()
+    symbol = SPECIAL_WORDS.get(words[0], words[0])
+    known = symbol in ("</s>", "<unk>") or pieces.bytes_of(symbol)
+    if not (len(words) == 1 or has_count) or not known:
+        raise ValueError(
+            "a piece; give one a line, in the symbols of dict.txt and the order of the rows, or "
+            "name the tokenizer's own file (.json)"
+        )
+    return "</s>" if symbol == pieces.NEWLINE else symbol
+
+
+def _pieces_by_id(path, content):
+    """The pieces of a tokenizer in the order of its ids; None if this is not one's JSON."""
+    try:
+        tokenizer = json.loads(content)
+        ids = tokenizer["model"]["vocab"]
+        symbols = sorted(ids, key=ids.__getitem__)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if [ids[symbol] for symbol in symbols] != list(range(len(symbols))):
+        raise UserError(
+            f"{path}: the ids of its pieces have gaps; list the symbol of each row instead, one a "
+            "line"
+        )
+    return ["</s>" if symbol == pieces.NEWLINE else symbol for symbol in symbols]
+
+
+#: What to do if a data folder lacks a symbol.
+REMEDIES = {
+    "bytes": "preprocess the corpus with --all-bytes",
+    "words": "preprocess the corpus, with this symbol",
+    "pieces": "name the data folder with whose pieces the weights were trained",
+}
+
+
 def check_symbols(symbols, codec, folder):
     """Check that weights and data folder have the same symbols.
 
@@ -145,10 +190,9 @@ def check_symbols(symbols, codec, folder):
     indices = codec.dictionary.indices
     for symbol in symbols:
         if symbol not in indices:
-            remedy = " with --all-bytes" if codec.name == "bytes" else ", with this symbol"
             raise UserError(
-                f"{folder}: its dictionary lacks {symbol!r}, a symbol of the weights; preprocess "
-                f"the corpus{remedy}"
+                f"{folder}: its dictionary lacks {symbol!r}, a symbol of the weights; "
+                f"{REMEDIES[codec.name]}"
             )
     ids = torch.tensor([indices[symbol] for symbol in symbols])
     for split in ("train", "valid", "test"):
@@ -369,7 +413,7 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
         folder (str): data folder
         save (str): the checkpoint to write
         settings (list of str): see :func:`read_settings`
-        codec (str): ``bytes`` or ``words``
+        codec (str): ``bytes``, ``words`` or ``pieces``
 
     Returns:
         the model's config
@@ -384,6 +428,11 @@ def import_weights(name, weights_path, symbols_path, folder, save, settings=(), 
     cfg = build_config(chosen, weights, settings, values)
     symbols = read_symbols(symbols_path, codec)
     cutoffs = list(getattr(cfg, "cutoffs", []))
+    if cutoffs and codec == "pieces":
+        raise UserError(
+            f"{weights_path}: has an adaptive softmax, whose bands have no place for <unk> and the "
+            "padding of a dictionary of pieces; import weights without cutoffs"
+        )
     if cutoffs and len(symbols) != published.num_rows(weights):
         raise UserError(
             f"{symbols_path}: has {len(symbols):,} symbols, but the vocabulary of the weights has "

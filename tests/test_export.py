@@ -8,13 +8,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from fairseq_sha import commands, onnx_export
 from fairseq_sha.checks import torch_is_at_least
-from fairseq_sha.data.codecs import WordCodec
+from fairseq_sha.data import data_bin, piece_data_bin
+from fairseq_sha.data.codecs import CODECS, WordCodec
+from fairseq_sha.models.family import FAMILIES as BY_NAME
 from fairseq_sha.trained_model import TrainedModel
+from fairseq_sha.weights_import import make_checkpoint, make_task
 from tests.commands import REPOSITORY
 from tests.options import FAMILIES
+from tests.tasks.test_words import write_words
+from tests.tiny_corpus import text
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 CAN_EXPORT = torch_is_at_least(2, 6) and all(importlib.util.find_spec(name) for name in NEEDED)
@@ -164,6 +170,88 @@ def test_metadata_say_what_symbols_stand_for(checkpoints):
     codec = WordCodec.from_symbols(["<s>", "<pad>", "</s>", "<unk>", "the", "é"])
     symbols = json.loads(onnx_export.metadata(codec)["symbols"])
     assert symbols[4:] == ["the ", "é ".encode().decode("latin-1")] and symbols[2] == "\n"
+
+
+# Words and pieces
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A data folder of each codec."""
+    words, of_pieces = (tmp_path_factory.mktemp(name) for name in ("words", "pieces"))
+    write_words(words)
+    source = of_pieces / "input"
+    source.write_bytes(text(9000))
+    if importlib.util.find_spec("tokenizers"):
+        with data_bin.open_input(source) as stream:
+            piece_data_bin.convert(stream, "input", of_pieces / "data", 901, 1003, 290)
+    return {"words": words, "pieces": of_pieces / "data"}
+
+
+def untrained(name, codec, folders, path, **fields):
+    """A tiny model of a family whose weights are large enough to show every part in the logits."""
+    if codec == "pieces":
+        pytest.importorskip("tokenizers")
+    family = BY_NAME[name]
+    cfg = OmegaConf.structured(family.config(**{**family.tiny.model, **fields}))
+    task = make_task(CODECS[codec].load(str(folders[codec])), folders[codec])
+    model = family.model.build_model(cfg, task)
+    for parameter in model.decoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.save(make_checkpoint(name, cfg, model, task), path)
+    return TrainedModel.load(path, cpu=True)
+
+
+@pytest.mark.parametrize(
+    "family, codec, length, fields",
+    [
+        ("sha_rnn", "pieces", 1, {}),
+        ("sha_rnn", "pieces", 7, {"cutoffs": [50, 120], "div_val": 2.0}),
+        ("transformer_xl", "words", 1, {"cutoffs": [3, 6], "div_val": 2.0}),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                ("sha_rnn", "words", 1, {"cutoffs": [3, 6], "div_val": 2.0}),
+                ("sha_rnn", "words", 1, {"cutoffs": [4], "cluster_space": "hidden"}),
+                ("srupp", "words", 1, {"cutoffs": [3, 6], "band_biases": False}),
+                ("transformer_xl", "pieces", 1, {}),
+                ("srupp", "pieces", 1, {}),
+                ("transformer_xl", "words", 7, {"cutoffs": [3, 6], "tied_projections": "none"}),
+                ("srupp", "words", 7, {"cutoffs": [3, 6], "div_val": 2.0}),
+            ]
+        ),
+    ],
+)
+def test_words_and_pieces_have_the_same_log_probabilities(
+    folders, tmp_path, family, codec, length, fields
+):
+    """Over more tokens than any window or memory here holds. All tokens occur, so all bands do."""
+    model = untrained(family, codec, folders, tmp_path / "model.pt", **fields)
+    onnx_export.export(model, tmp_path / "model.onnx", length)
+    # The export changes the model for its graph.
+    model = TrainedModel.load(tmp_path / "model.pt", cpu=True)
+    symbols = np.arange(2, len(model.dictionary))
+    tokens = np.random.permutation(np.resize(symbols, max(140, 7 * (len(symbols) // 7)) * 3))
+    segments = np.split(tokens.reshape(-1, 3), len(tokens) // 3 // length)
+    expected, exported = read(model, segments), run_session(tmp_path / "model.onnx", segments)
+    assert expected.std() > 0.2
+    for scores in (expected, exported):
+        scores -= np.logaddexp.reduce(scores, -1, keepdims=True)
+    np.testing.assert_allclose(exported, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_example_continues_pieces(folders, tmp_path):
+    prompt = "the é\nab  c"
+    path, save = tmp_path / "model.pt", tmp_path / "model.onnx"
+    model = untrained("sha_rnn", "pieces", folders, path)
+    assert commands.main(["export", "--path", str(path), "--save", str(save)]) == 0
+    script = REPOSITORY / "examples" / "onnx" / "generate.py"
+    argv = [sys.executable, script, save, prompt, "--length", "20", "--temperature", "0"]
+    done = subprocess.run([str(word) for word in argv], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    expected = prompt.encode() + model.continuation(prompt.encode(), 20, beam=1)
+    assert done.stdout == expected
 
 
 @pytest.mark.parametrize("int8", [False, True])

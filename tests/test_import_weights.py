@@ -1,9 +1,11 @@
 """Weights under the references' names become checkpoints with the references' numbers."""
 
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,8 +19,9 @@ from torch import nn
 
 from fairseq_sha import UserError, commands
 from fairseq_sha.data.byte_dictionary import ByteDictionary
-from fairseq_sha.data.codecs import WordCodec
+from fairseq_sha.data.codecs import PieceCodec, WordCodec
 from fairseq_sha.models.family import FAMILIES
+from fairseq_sha.trained_model import TrainedModel
 from fairseq_sha.weights_import import import_weights, read_symbols
 from tests.conftest import golden_cases
 from tests.models import golden
@@ -491,6 +494,136 @@ def test_symbols_may_be_the_reference_s_own_listing(tmp_path, listing):
     assert read_symbols(tmp_path / "symbols", "words") == ["</s>", "<unk>", "the"]
 
 
+# Pieces
+
+
+class ImportOfPieces(Import):
+    """The same weights, whose rows stand for pieces in the order of a tokenizer's ids."""
+
+    def __init__(self, folder, family, case):
+        super().__init__(folder, family, case)
+        merges = ["Ġ a", "Ġa b", "c d"]
+        letters = [
+            "Ġ",
+            "a",
+            "b",
+            "c",
+            "d",
+            "Ċ",
+            *"éèABCDEFGHIJKLMNOPQRSTUVWXYZefghijklmnopqrstuvwxyz",
+        ]
+        count = len(self.rows)
+        self.rows = [*(m.replace(" ", "") for m in merges), *letters][:count]
+        self.symbols = self.data / "pieces.json"
+        tokenizer = {
+            "version": "1.0",
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"String": "\n"},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                    {
+                        "type": "ByteLevel",
+                        "add_prefix_space": False,
+                        "trim_offsets": True,
+                        "use_regex": True,
+                    },
+                ],
+            },
+            "decoder": None,
+            "model": {
+                "type": "BPE",
+                "vocab": {symbol: i for i, symbol in enumerate(self.rows)},
+                "merges": merges,
+            },
+        }
+        self.symbols.write_text(json.dumps(tokenizer), encoding="utf-8")
+        dictionary = Dictionary()
+        for symbol in sorted(set(self.rows) - {"Ċ"}):
+            dictionary.add_symbol(symbol)
+        dictionary.finalize(padding_factor=8)
+        dictionary.save(str(self.data / "dict.txt"))
+        self.dictionary = PieceCodec.load(str(self.data)).dictionary
+        for split in ("train", "valid", "test"):
+            builder = MMapIndexedDatasetBuilder(str(self.data / f"{split}.bin"), dtype=uint16)
+            builder.add_item(self.ids()[tokens(family, case)[0]])
+            builder.finalize(str(self.data / f"{split}.idx"))
+
+    def ids(self):
+        names = ["</s>" if symbol == "Ċ" else symbol for symbol in self.rows]
+        return torch.tensor([self.dictionary.indices[name] for name in names])
+
+    def run(self):
+        options = ["--weights", self.weights, "--symbols", self.symbols, "--data-bin", self.data]
+        options += ["--save", self.save, "--codec", "pieces"]
+        options += [w for s in settings(self.family, self.case) for w in ("--set", s)]
+        return commands.main(["import-weights", self.family, *map(str, options)])
+
+
+@pytest.mark.parametrize("family", ["sha_rnn", "transformer_xl", "srupp"])
+def test_rows_may_stand_for_the_pieces_of_a_tokenizer(tmp_path, family):
+    imported = ImportOfPieces(tmp_path, family, CASES[family, first(family)])
+    assert imported.run() == 0
+    check_losses(imported)
+    model = TrainedModel.load(imported.save, cpu=True)  # from the checkpoint alone
+    shutil.rmtree(imported.data)
+    if importlib.util.find_spec("tokenizers"):
+        text = b" ab cd\n a"
+        symbols = [model.dictionary[token] for token in model.encode(text)]
+        assert symbols == ["Ġab", "Ġ", "cd", "</s>", "Ġa"]
+        assert model.codec.decode(model.encode(text)) == text
+
+
+def test_pieces_may_be_listed(tmp_path):
+    imported = ImportOfPieces(tmp_path, "sha_rnn", CASES["sha_rnn", first("sha_rnn")])
+    assert imported.run() == 0
+    expected = torch.load(imported.save, weights_only=True)["model"]
+    imported.symbols = tmp_path / "symbols.txt"
+    for newline, count in (("Ċ", ""), ("<eos>", " 7")):
+        lines = (newline if symbol == "Ċ" else symbol for symbol in imported.rows)
+        imported.symbols.write_text("".join(f"{line}{count}\n" for line in lines), "utf-8")
+        assert imported.run() == 0
+        actual = torch.load(imported.save, weights_only=True)["model"]
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def _with_gap(imported):
+    tokenizer = json.loads(imported.symbols.read_text("utf-8"))
+    tokenizer["model"]["vocab"]["c"] += 500
+    imported.symbols = imported.symbols.with_name("gap.json")
+    imported.symbols.write_text(json.dumps(tokenizer))
+
+
+def _other_pieces(imported):
+    imported.symbols = imported.symbols.with_name("symbols.txt")
+    imported.symbols.write_text("".join(f"{s}\n" for s in [*imported.rows[:-1], "Ā"]), "utf-8")
+
+
+def _no_piece(imported):
+    imported.symbols = imported.symbols.with_name("symbols.txt")
+    imported.symbols.write_text("Ġa\nthe end\n", "utf-8")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_with_gap, "gap.json: the ids of its pieces have gaps"),
+        (_other_pieces, "lacks 'Ā', a symbol of the weights; name the data folder with whose"),
+        (_no_piece, "symbols.txt, line 2: 'the end' is not a piece"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_named(tmp_path, capsys, change, message):
+    imported = ImportOfPieces(tmp_path, "sha_rnn", CASES["sha_rnn", first("sha_rnn")])
+    change(imported)
+    assert imported.run() == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not imported.save.exists()
+
+
 # Words with an adaptive input and softmax
 
 ADAPTIVE_CASES = {
@@ -544,6 +677,8 @@ class AdaptiveImport:
     """Files as a user has them, for one golden case: rows in the order of the reference, which has
     the unknown word somewhere, and a data folder in the order of ours."""
 
+    codec = "words"
+
     def __init__(self, folder, family, case, shuffled=False):
         self.family, self.case = family, case
         self.weights, self.symbols = folder / "weights.pt", folder / "symbols.txt"
@@ -596,7 +731,7 @@ class AdaptiveImport:
 
     def run(self):
         options = ["--weights", self.weights, "--symbols", self.symbols, "--data-bin", self.data]
-        options += ["--save", self.save, "--codec", "words"]
+        options += ["--save", self.save, "--codec", self.codec]
         options += [word for setting in self.settings for word in ("--set", setting)]
         return commands.main(["import-weights", self.family, *map(str, options)])
 
@@ -846,6 +981,14 @@ def test_a_softmax_without_bands_takes_no_cutoffs(make):
     imported = make("transformer_xl", first("transformer_xl"))
     with pytest.raises(UserError, match="--set cutoffs=.*the shapes of the weights say"):
         import_weights(*imported.arguments(), ["cutoffs=[3]"])
+
+
+def test_pieces_take_no_adaptive_softmax(make_adaptive, capsys):
+    imported = make_adaptive("srupp")
+    imported.symbols.write_text("".join(f"{chr(256 + i)}\n" for i in range(41)), "utf-8")
+    imported.codec = "pieces"
+    assert imported.run() == 1
+    assert "bands have no place for <unk> and the padding" in capsys.readouterr().err
 
 
 def test_a_whole_model_is_refused_with_what_to_do(make_adaptive, capsys):

@@ -1,4 +1,4 @@
-"""Generate text with an exported model; needs numpy and onnxruntime.
+"""Generate text with an exported model; needs numpy and onnxruntime, and tokenizers for pieces.
 
 python examples/onnx/generate.py model.onnx "The history of" --length 300
 """
@@ -25,20 +25,26 @@ state = {
     name: np.zeros([shape[0], 1, *shape[2:]], np.float32)
     for name, shape in json.loads(metadata["state"]).items()
 }
-text = args.prompt.encode()
-if metadata["codec"] == "bytes":
-    prompt = [bytes([value]) for value in text]
+if metadata["codec"] == "pieces":
+    from tokenizers import Tokenizer
+
+    prompt = Tokenizer.from_str(metadata["tokenizer"]).encode(args.prompt).ids
 else:
-    prompt = [word + b" " for word in text.split()]
-unknown = [symbol for symbol in prompt if symbol not in symbols]
-if unknown:
-    sys.exit(f"error: the model has no symbol for {unknown[0]}; remove it from the prompt")
+    text = args.prompt.encode()
+    if metadata["codec"] == "bytes":
+        parts = [bytes([value]) for value in text]
+    else:
+        parts = [word + b" " for word in text.split()]
+    unknown = [part for part in parts if part not in symbols]
+    if unknown:
+        sys.exit(f"error: the model has no symbol for {unknown[0]}; remove it from the prompt")
+    prompt = [symbols.index(part) for part in parts]
 
 for number in range(len(prompt) + args.length):
     logits, *new_state = session.run(None, {"tokens": np.array([[token]]), **state})
     state = dict(zip(state, new_state))
     if number < len(prompt):
-        token = symbols.index(prompt[number])
+        token = prompt[number]
     else:
         scores = logits[0, 0].astype(float)
         scores[json.loads(metadata["not_generated"])] = -np.inf

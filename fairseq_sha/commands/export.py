@@ -3,14 +3,17 @@
     fairseq-sha export --path checkpoint.pt --save model.onnx [--length 1] [--int8]
 
 The graph takes tokens, int64 [length, streams], and the state that the text before left. It returns
-logits, float32 [length, streams, symbols], and NAME.next for each NAME of the state.
+logits, float32 [length, streams, symbols], and NAME.next for each NAME of the state. An adaptive
+softmax returns log-probabilities, which are logits too.
 The metadata of the file hold the rest, in JSON:
 
-  codec          what symbols are: bytes or words
+  codec          what symbols are: bytes, words or pieces
   symbols        what each symbol stands for, a string with one Latin-1 character per byte; it is
                  empty for symbols that stand for nothing
   not_generated  symbols that must not be generated
   start          the symbol that comes before a text
+  tokenizer      of pieces: the file of Hugging Face's package tokenizers that cuts a text into
+                 them; its ids are the numbers of the symbols
   state          by NAME, the shape of the state at the start of a text, when all of it is zero; the
                  number of streams is given as 0
 

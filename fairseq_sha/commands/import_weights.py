@@ -1,16 +1,18 @@
 """Make a checkpoint from weights that a model's reference implementation was trained with.
 
     fairseq-sha import-weights FAMILY --weights FILE --symbols FILE --data-bin DIR \\
-        --save checkpoint.pt [--codec words] [--set name=value]...
+        --save checkpoint.pt [--codec words|pieces] [--set name=value]...
 
 FILE of --weights is a state dict under the reference's names, saved by torch. FILE of --symbols
 lists what the rows of its vocabulary stand for, one symbol a line. With --codec bytes, these are
 decimal byte values, 10 for newline; with --codec words, they are words, </s>, <eos> or <S> for the
-end of a line and <unk> or <UNK> for unknown words. Sizes are read off the shapes of the tensors;
+end of a line and <unk> or <UNK> for unknown words. With --codec pieces, FILE may be the tokenizer
+itself, such as the pieces.json of the data folder, if the rows are in the order of its ids;
+otherwise it lists pieces as dict.txt writes them. Sizes are read off the shapes of the tensors;
 --set gives what no shape shows, under the reference's names: --set mem_len=640 --set clamp_len=400,
 or lists: --set cutoffs=20000,40000,200000. Symbols of the data folder that are missing from the
-weights get probability zero. An adaptive softmax has no place for such symbols, and needs a data
-folder whose dictionary is in the order of the weights.
+weights get probability zero. An adaptive softmax has no place for such symbols: it needs words, and
+a data folder whose dictionary is in the order of the weights.
 """
 
 
@@ -23,7 +25,7 @@ def add_arguments(parser):
     parser.add_argument("--save", required=True, metavar="FILE", help="checkpoint to write")
     parser.add_argument(
         "--codec",
-        choices=["bytes", "words"],
+        choices=["bytes", "words", "pieces"],
         default="bytes",
         help="what symbols are (default: %(default)s)",
     )

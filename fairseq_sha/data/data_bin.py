@@ -33,6 +33,7 @@ MINIMUM = 2  # bytes in a split: one to predict from and one to predict
 NEWLINE = 10
 UNFINISHED = ".partial"  # ends the name of a folder that is being written
 CHUNK = 1 << 18  # bytes at a time; small enough for numpy's intermediate arrays to stay in cache
+TOKENS = 1 << 20  # tokens at a time
 
 # fairseq's Dictionary: <s>, <pad>, </s>, <unk>, then the symbols; the size a multiple of 8.
 EOS = 2
@@ -167,11 +168,12 @@ def convert_splits(splits, dest, all_bytes=False):
         symbols = padded(sorted_symbols(counts[0], all_bytes))
         table = token_of_byte(symbols)
         write_dictionary(symbols, folder / "dict.txt")
-        for split, count in zip(splits, counts):
-            write_split(split, split.lines(count), table, folder)
+        lines = [split.lines(count[NEWLINE]) for split, count in zip(splits, counts)]
+        for split, number in zip(splits, lines):
+            write_split(split, number, table, folder)
 
-    for split, count in zip(splits, counts):
-        print(f"{split.name}: {split.size:,} bytes, {split.lines(count):,} lines")
+    for split, number in zip(splits, lines):
+        print(f"{split.name}: {split.size:,} bytes, {number:,} lines")
     print(f"dictionary: {SPECIALS + len(symbols)} symbols, {np.sum(table != UNK)} of them bytes")
     print(f"data-bin folder: {dest}")
 
@@ -201,12 +203,12 @@ class Split(NamedTuple):
         """How often each byte occurs, int64 [256]."""
         return sum(np.bincount(chunk, minlength=256) for chunk in self.chunks())
 
-    def lines(self, counts):
+    def lines(self, newlines):
         """The number of lines, including a last one without a newline."""
         with explained(f"cannot read {self.file}", "run again"):
             self.stream.seek(self.start + self.size - 1)
             last = self.stream.read(1)
-        return int(counts[NEWLINE]) + (last != b"\n")
+        return int(newlines) + (last != b"\n")
 
 
 def changed(file):
@@ -279,21 +281,16 @@ def write_split(split, lines, table, folder):
     UserError: a byte has no token; to map it to <unk> would make every score wrong
     """
     tokens_path, index_path = folder / f"{split.name}.bin", folder / f"{split.name}.idx"
-    with open(tokens_path, "wb") as file, index_writer(index_path, lines) as add_items:
-        position = begin = 0  # of the chunk; of the current line
+    with open(tokens_path, "wb") as file, line_indexer(index_path, lines) as add_ends:
+        position = 0
         for chunk in split.chunks():
             tokens = table[chunk]
             unknown = tokens == UNK
             if unknown.any():
                 raise unseen(split, chunk, int(unknown.argmax()), position)
             file.write(tokens)
-            ends = position + 1 + np.flatnonzero(chunk == NEWLINE)
-            edges = np.append(begin, ends)
-            add_items(edges)
-            begin = edges[-1]
+            add_ends(chunk == NEWLINE)
             position += len(chunk)
-        if begin < position:
-            add_items(np.array([begin, position]))
 
 
 def unseen(split, chunk, index, position):
@@ -304,6 +301,59 @@ def unseen(split, chunk, index, position):
         f"{split.start + offset} of {split.file}) does not occur in train; use --all-bytes to make "
         "a dictionary of all 256 bytes"
     )
+
+
+def finish_split(folder, name, lines, table, stored, dtype=np.uint16):
+    """Turn the numbers in a split's .bin file into tokens, in place, and write its .idx.
+
+    lines: number of lines of the split
+    table: the token of each number; None if they are tokens
+    stored, dtype: of the numbers and of the tokens, which are no wider
+
+    Returns the number of tokens.
+    """
+    path = folder / f"{name}.bin"
+    total = 0
+    with open(path, "rb") as numbers, open(path, "r+b") as file:
+        with line_indexer(folder / f"{name}.idx", lines, dtype) as add_ends:
+            for block in arrays(numbers, stored):
+                tokens = block if table is None else table[block]
+                file.write(tokens.astype(dtype, copy=False))
+                add_ends(tokens == EOS)
+                total += len(tokens)
+        file.truncate()
+    return total
+
+
+def arrays(file, dtype):
+    """Yield the rest of a file as arrays of a dtype, ``[up to TOKENS]``."""
+    while True:
+        data = file.read(TOKENS * np.dtype(dtype).itemsize)
+        if not data:
+            return
+        yield np.frombuffer(data, dtype)
+
+
+@contextlib.contextmanager
+def line_indexer(path, lines, dtype=np.uint16):
+    """Write the index of a split whose items are its ``lines`` lines; see ``index_writer``.
+
+    Yields a function that is told, array after array, which tokens end a line (bool [n]). The last
+    line may lack an end.
+    """
+    position = begin = 0  # in tokens: all so far; the current line
+    with index_writer(path, lines, dtype) as add_items:
+
+        def add(ends):
+            nonlocal position, begin
+            edges = np.append(begin, position + 1 + np.flatnonzero(ends))
+            add_items(edges)
+            begin = edges[-1]
+            position += len(ends)
+
+        yield add
+        if begin < position:
+            add_items(np.array([begin, position]))
 
 
 @contextlib.contextmanager

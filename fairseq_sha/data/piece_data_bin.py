@@ -25,7 +25,10 @@ def convert(stream, name, dest, valid, test, vocabulary):
         counts = [write_pieces(tokenizer, split, folder) for split in splits]
         symbols = data_bin.padded(sorted_symbols(tokenizer, counts[0]))
         table = token_of_piece(tokenizer, symbols)
-        items = [number_lines(split, table, folder) for split in splits]
+        newline = tokenizer.token_to_id(pieces.NEWLINE)
+        items = [split.lines(count[newline]) for split, count in zip(splits, counts)]
+        for split, lines in zip(splits, items):
+            data_bin.finish_split(folder, split.name, lines, table, np.uint16)
         tokenizer.save(str(folder / pieces.FILE), pretty=False)
         data_bin.write_dictionary(symbols, folder / "dict.txt")
 
@@ -69,27 +72,3 @@ def token_of_piece(tokenizer, symbols):
         if number is not None:  # not one that pads the dictionary
             table[number] = token
     return table
-
-
-def number_lines(split, table, folder):
-    """Replace the ids in the split's .bin by tokens, and write its .idx; returns how many lines
-    there are, including a last one without a newline."""
-    tokens = np.memmap(folder / f"{split.name}.bin", np.uint16, "r+")
-    starts = range(0, len(tokens), data_bin.CHUNK)
-    ends = 0
-    for start in starts:
-        chunk = tokens[start : start + data_bin.CHUNK]
-        chunk[:] = table[chunk]
-        ends += np.count_nonzero(chunk == data_bin.EOS)
-    lines = int(ends) + int(tokens[-1] != data_bin.EOS)
-    with data_bin.index_writer(folder / f"{split.name}.idx", lines) as add_items:
-        begin = 0  # of the current line
-        for start in starts:
-            chunk = tokens[start : start + data_bin.CHUNK]
-            edges = np.append(begin, start + 1 + np.flatnonzero(chunk == data_bin.EOS))
-            add_items(edges)
-            begin = edges[-1]
-        if begin < len(tokens):
-            add_items(np.array([begin, len(tokens)]))
-    tokens.flush()
-    return lines

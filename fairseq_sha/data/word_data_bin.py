@@ -28,7 +28,7 @@ from fairseq_sha.errors import UserError
 
 ORDERS = ("reference", "fairseq")
 BLOCK = 1 << 20  # bytes of text at a time
-TOKENS = 1 << 20  # tokens at a time
+NUMBERS = np.int32  # how words are stored until their tokens are known
 RESERVED = ("<s>", "<pad>", "</s>")  # symbols of fairseq that no text may hold
 EOS_WORD, UNK_WORD = "</s>", "<unk>"
 UINT16_BELOW = 65_500  # fairseq's best_fitting_int_dtype
@@ -122,7 +122,7 @@ def convert(
         table = np.fromiter(map(index.get, numbers, itertools.repeat(UNK)), np.int32, len(numbers))
         table[0] = EOS
         del numbers, symbols, times
-        splits = {"train": finish(folder, "train", lines, dtype, table)}
+        splits = {"train": finish(folder, "train", lines, counts[table == UNK].sum(), dtype, table)}
         allowed = unknown == "always" or (unknown == "learned" and splits["train"].unknown > 0)
         remedy = "use the train split that belongs to it"
         if unknown == "learned":
@@ -130,8 +130,8 @@ def convert(
         index[EOS_WORD] = EOS
         for name, source in sources.items():
             if name != "train":
-                lines = look_up_words(source, folder / f"{name}.bin", index, allowed, remedy)
-                splits[name] = finish(folder, name, lines, dtype, None)
+                found = look_up_words(source, folder / f"{name}.bin", index, allowed, remedy)
+                splits[name] = finish(folder, name, *found, dtype)
         summary = Summary(splits, types, size)
         if check is not None:
             check(summary)
@@ -285,7 +285,7 @@ def number_words(source, path):
     numbers, lines = _Numbers(), 0
     with open(path, "wb") as file:
         for words, block in source.blocks():
-            ids = np.fromiter(map(numbers.__getitem__, words), np.int32, len(words))
+            ids = np.fromiter(map(numbers.__getitem__, words), NUMBERS, len(words))
             # In the text itself "</s>" would count as an end of a line.
             ends = np.count_nonzero(ids == 0)
             if ends != block.lines or "<s>" in numbers or "<pad>" in numbers:
@@ -305,14 +305,16 @@ def look_up_words(source, path, index, allowed, remedy):
         remedy (str): for messages: what to do if one is and may not
 
     Returns:
-        the number of lines
+        the number of lines, and that of words that are ``<unk>``
     """
-    lines = 0
+    lines = unknown_words = 0
     with open(path, "wb") as file:
         for words, block in source.blocks():
-            tokens = np.fromiter(map(index.get, words, itertools.repeat(UNK)), np.int32, len(words))
+            tokens = np.fromiter(map(index.get, words, itertools.repeat(UNK)), NUMBERS, len(words))
             ends = np.count_nonzero(tokens == EOS)
-            unknown = {words[i] for i in np.flatnonzero(tokens == UNK)} - {UNK_WORD}
+            places = np.flatnonzero(tokens == UNK)
+            unknown_words += len(places)
+            unknown = {words[i] for i in places} - {UNK_WORD}
             if ends != block.lines or unknown.intersection(RESERVED):
                 raise block.reserved()
             if unknown and not allowed:
@@ -324,12 +326,12 @@ def look_up_words(source, path, index, allowed, remedy):
             file.write(tokens)
             lines += block.lines
     check_size(source, path)
-    return lines
+    return lines, unknown_words
 
 
 def check_size(source, path):
     """UserError if a split has too few tokens to predict one from another."""
-    tokens = os.path.getsize(path) // np.dtype(np.int32).itemsize
+    tokens = os.path.getsize(path) // np.dtype(NUMBERS).itemsize
     if tokens < data_bin.MINIMUM:
         found = "is empty" if tokens == 0 else "is one blank line"
         raise UserError(f"{source.name} {found}; give a file with some words in it")
@@ -339,18 +341,9 @@ def count_numbers(path, size):
     """How often each number below ``size`` occurs in a file of int32: int64 ``[size]``."""
     counts = np.zeros(size, np.int64)
     with open(path, "rb") as file:
-        for numbers in arrays(file):
+        for numbers in data_bin.arrays(file, NUMBERS):
             counts += np.bincount(numbers, minlength=size)
     return counts
-
-
-def arrays(file):
-    """Yield the rest of a file of int32 as arrays ``[up to TOKENS]``."""
-    while True:
-        data = file.read(TOKENS * np.dtype(np.int32).itemsize)
-        if not data:
-            return
-        yield np.frombuffer(data, np.int32)
 
 
 def chosen(numbers, counts, order, min_count, max_size):
@@ -387,28 +380,8 @@ def pad(index, counts):
             counts.append(0)
 
 
-def finish(folder, name, lines, dtype, table):
-    """Turn the numbers in a split's .bin file into tokens, in place, and write its index.
-
-    Args:
-        lines (int): how many lines the split has
-        dtype (numpy.dtype): of the tokens, at most as wide as the numbers
-        table (ndarray): the token of each number; None if they are tokens
-
-    Returns:
-        Counts
-    """
-    path = folder / f"{name}.bin"
-    position = begin = unknown = 0  # begin: of the current line
-    with open(path, "rb") as numbers, open(path, "r+b") as file:
-        with data_bin.index_writer(folder / f"{name}.idx", lines, dtype) as add_items:
-            for block in arrays(numbers):
-                tokens = block if table is None else table[block]
-                file.write(tokens.astype(dtype))
-                unknown += np.count_nonzero(tokens == UNK)
-                edges = np.append(begin, position + 1 + np.flatnonzero(tokens == EOS))
-                add_items(edges)
-                begin = edges[-1]
-                position += len(block)
-        file.truncate()
-    return Counts(lines, position - lines, int(unknown))
+def finish(folder, name, lines, unknown, dtype, table=None):
+    """:func:`~fairseq_sha.data.data_bin.finish_split` for a split whose lines and ``<unk>`` are
+    counted; returns its :class:`Counts`."""
+    tokens = data_bin.finish_split(folder, name, lines, table, NUMBERS, dtype)
+    return Counts(lines, tokens - lines, int(unknown))

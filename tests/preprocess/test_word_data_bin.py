@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fairseq.data import Dictionary, MMapIndexedDataset
 
-from fairseq_sha.data import word_data_bin
+from fairseq_sha.data import data_bin, word_data_bin
 from fairseq_sha.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -97,7 +97,7 @@ def words_of(folder, split):
 )
 def test_files_equal_fairseqs(tmp_path, monkeypatch, fairseq_preprocess, seed, ours, its):
     monkeypatch.setattr(word_data_bin, "BLOCK", 7)  # cut everywhere
-    monkeypatch.setattr(word_data_bin, "TOKENS", 11)
+    monkeypatch.setattr(data_bin, "TOKENS", 11)
     texts = {s: random_text(i + 10 * seed, 300, 50 * seed) for i, s in enumerate(SPLITS)}
     texts["valid"] += "unseen"  # and no last newline
     texts["test"] += "\n\n\n"
