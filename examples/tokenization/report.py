@@ -102,7 +102,7 @@ def summarise(runs, baseline):
     results, costs = zip(*runs)
     tests = [result["test"] for result in results]
     bits, base = (np.array([r["test"]["block_bits"] for r, _ in each]) for each in (runs, baseline))
-    size, words = tests[0]["bytes"], tests[0]["words"]
+    size, words, block = (tests[0][key] for key in ("bytes", "words", "block_bytes"))
     nats = np.mean([test["nats"] for test in tests])
     total = {name: np.mean([select(cost, name) for cost in costs]) for name in PARTS}
     by_place = [
@@ -118,8 +118,10 @@ def summarise(runs, baseline):
         "bytes": size,
         "words": words,
         "nats": nats,
-        "bits_per_byte": interval(bits, size),
-        "difference": interval(bits, size, base) if same_text and runs is not baseline else None,
+        "bits_per_byte": interval(bits, size, block_bytes=block),
+        "difference": interval(bits, size, base, block_bytes=block)
+        if same_text and runs is not baseline
+        else None,
         "valid": np.mean([result["valid"]["bits"] for result in results]),
         "perplexity_per_word": math.exp(nats / words),
         "perplexity_per_token": math.exp(nats / tests[0]["tokens"]),
@@ -159,8 +161,8 @@ def report(content):
     )
     lines += [
         "",
-        "Means over seeds, with bootstrap intervals of 95 % over seeds and blocks of 10,000 bytes "
-        f"(seeds: {seeds}). With one seed, the interval says nothing about another training.",
+        f"Means over seeds ({seeds}) and intervals of 95 %: blocks of 10,000 bytes are drawn by "
+        "bootstrap, means over seeds from Student's t distribution.",
         f"Denominators: {counted}. They differ by the first token, which is not predicted.",
         "",
         "| bits per word | " + " | ".join(PARTS) + " | together |",
