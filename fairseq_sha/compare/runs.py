@@ -150,9 +150,9 @@ def train_and_evaluate(args, model, model_folder, seed, updates, title, splits=S
                 f"evaluating on {split}".format,
                 lambda _, split=split: evaluation_of(folder, model, split),
             )
-    result = result_of(model_folder, model, seed, updates, splits)
     # The machine of a launcher's jobs is not known.
-    result["machine"] = None if args.launcher else machine(args.processes)
+    here = None if args.launcher else machine(args.processes)
+    result = result_of(model_folder, model, seed, updates, splits, here)
     write_json(folder / "result.json", result)
     for path in (folder / "checkpoints").glob("*.pt"):
         if path.name != "checkpoint_last.pt":
@@ -175,8 +175,8 @@ def is_trained(text):
     return "done training in" in text or "nothing left to train" in text
 
 
-def result_of(model_folder, model, seed, updates, splits):
-    """What a finished run left, as a result; see ``summary``."""
+def result_of(model_folder, model, seed, updates, splits, here):
+    """What a finished run left on this machine (see ``machine``), as a result; see ``summary``."""
     folder = model_folder / f"seed{seed}"
     text = read(folder / "train.log")
     training = logs.read_training(text)
@@ -186,9 +186,10 @@ def result_of(model_folder, model, seed, updates, splits):
             "another condition to stop; remove it and the run's folder"
         )
     tokens, seconds = training.tokens_per_update, training.seconds_per_update
-    alone = read(model_folder / "speed.json")
-    if alone:  # measured while nothing else ran
-        seconds = 1 / json.loads(alone)["updates_per_second"]
+    speed = json.loads(read(model_folder / "speed.json") or "{}")
+    # Measured while nothing else ran; the run itself may have been on another machine.
+    if speed and here and is_same_machine(speed.get("machine"), here):
+        seconds = 1 / speed["updates_per_second"]
 
     gpu = re.search(r"^rank .* name = (.+?)\s*$", text, re.MULTILINE)
     return {
@@ -205,6 +206,7 @@ def result_of(model_folder, model, seed, updates, splits):
         **{split: evaluation_of(folder, model, split) for split in splits},
         "train_curve": training.train,
         "valid_curve": training.valid,
+        "machine": here,
     }
 
 
@@ -221,11 +223,16 @@ def machine(processes):
         "cpu": names[0] if names else platform.processor(),
         "cpus": len(os.sched_getaffinity(0)),
         "omp_num_threads": processes.environment.get("OMP_NUM_THREADS"),
-        "parallel": processes.parallel,
+        **({"runs at once": processes.parallel} if processes.parallel > 1 else {}),
         "commit": commit(),
         "python": platform.python_version(),
         **versions,
     }
+
+
+def is_same_machine(first, second):
+    """Whether times of two machines, as :func:`machine` describes them, can be compared."""
+    return {**(first or {}), "commit": None} == {**second, "commit": None}
 
 
 def commit():

@@ -410,6 +410,11 @@ def about_training(everything, machines):
         "updates times the median time of an update, without validation and checkpoints.",
         "Memory is the main memory of the training process.",
     ]
+    if any((run.get("machine") or {}).get("runs at once") for run in everything["runs"]):
+        notes.append(
+            "Training speeds and seconds were measured before, one model at a time; evaluation "
+            "speeds were measured while other models ran."
+        )
     seeds = {}
     for run in everything["runs"]:
         name = " ".join([run["model"], *([run["recipe"]] if "recipe" in run else [])])

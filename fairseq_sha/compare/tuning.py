@@ -10,6 +10,7 @@ import copy
 import fcntl
 import json
 import math
+import shutil
 import threading
 import warnings
 from typing import NamedTuple
@@ -331,7 +332,7 @@ class Tuning:
         )
 
     def _settings(self):
-        """What must be the same for all trials, by model. Ranges may grow."""
+        """What must be the same for all trials, by model."""
         space = self.space.as_dict()
         out = {}
         for model in self.models.values():
@@ -508,6 +509,7 @@ class Tuning:
             )
             bits = result["valid"]["bits"]
             failure = None if math.isfinite(bits) else "diverged"
+            shutil.rmtree(folder / f"seed{SEED}" / "checkpoints", ignore_errors=True)
         except RunFailed as error:
             print(f"{title} {error}", flush=True)
             failure, result = str(error).splitlines()[0], None
