@@ -75,6 +75,9 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     #: The longest segment whose tokens may see each other; longer ones are read in pieces. None if
     #: there is no bound.
     max_segment = None
+    #: The longest window whose tokens all see each other, for a model that may also be evaluated in
+    #: windows that overlap, each from nothing. 0 for one that needs the state of all text before.
+    longest_window = 0
     #: Whether training needs a criterion that adds :meth:`auxiliary_losses`.
     has_auxiliary_losses = False
     #: How many tokens ahead each position predicts. Beyond one, batches hold ``further_targets``.

@@ -600,16 +600,24 @@ class SegmentLanguageModelingTask(FairseqTask):
             a policy of :mod:`fairseq_sha.evaluation.policies`
 
         Raises:
-            UserError: a context for a model that carries state, or more tokens than it can read
+            UserError: a context for a model that needs carried state, or more tokens than the model
+                can read at once
         """
         self._check_positions(context + length)
         if context == 0:
             return Carried(batch_size, length, self.carries_state())
         if self.carries_state():
-            raise UserError(
-                "--context-window has no use here: every token is scored once, with the state "
-                "carried from all text before it; leave it out"
-            )
+            longest = 0 if self.model is None else self.model.decoder.longest_window
+            if longest == 0:
+                raise UserError(
+                    "--context-window has no use here: every token is scored once, with the state "
+                    "carried from all text before it; leave it out"
+                )
+            if context + length > longest:
+                raise UserError(
+                    f"--tokens-per-sample {context + length}: windows of this model have at most "
+                    f"{longest} tokens; use fewer, or override a setting such as eval_memory"
+                )
         return Sliding(batch_size, context, length)
 
     def _check_positions(self, length):
