@@ -39,24 +39,32 @@ def load_model(args, allow_stock=False):
     Raises:
         UserError: there is no such model, or an option is wrong
     """
-    from fairseq import utils
-
     from fairseq_sha.trained_model import TrainedModel
 
     logging.getLogger().setLevel(logging.WARNING)  # fairseq has every package log everything
-    if args.user_dir:
-        if not os.path.isdir(args.user_dir):
-            raise UserError(f"--user-dir {args.user_dir}: no such folder")
-        if not os.path.samefile(args.user_dir, os.path.dirname(fairseq_sha.__file__)):
-            folder = os.path.abspath(args.user_dir)
-            loaded = sys.modules.get(os.path.basename(folder))
-            if loaded is not None and folder not in getattr(loaded, "__path__", ()):
-                raise UserError(
-                    f"--user-dir {args.user_dir}: another module has this name; rename it"
-                )
-            utils.import_user_module(args)
+    import_plugin(args)
     overrides = model_overrides(args.model_overrides)
     return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides, allow_stock)
+
+
+def import_plugin(args):
+    """Import the plug-in that ``args.user_dir`` names, unless it is this package.
+
+    Raises:
+        UserError: there is no such folder, or its name is taken
+    """
+    from fairseq import utils
+
+    if not args.user_dir:
+        return
+    if not os.path.isdir(args.user_dir):
+        raise UserError(f"--user-dir {args.user_dir}: no such folder")
+    if not os.path.samefile(args.user_dir, os.path.dirname(fairseq_sha.__file__)):
+        folder = os.path.abspath(args.user_dir)
+        loaded = sys.modules.get(os.path.basename(folder))
+        if loaded is not None and folder not in getattr(loaded, "__path__", ()):
+            raise UserError(f"--user-dir {args.user_dir}: another module has this name; rename it")
+        utils.import_user_module(args)
 
 
 def model_overrides(text):
