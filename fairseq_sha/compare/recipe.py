@@ -266,6 +266,12 @@ def hydra_train(folder, settings, multirun=False):
     return [str(word) for word in command]
 
 
+def flops_command(folder):
+    """Count the operations of ``folder/recipe.yaml`` into flops.json, in a process of its own."""
+    command = [sys.executable, "-m", PACKAGE.name, "flops", "--config", folder / "recipe.yaml"]
+    return [str(word) for word in [*command, "--json", folder / "flops.json"]]
+
+
 def is_ours(config):
     """Whether a model is trained with a task of this package."""
     return config["task"]["_name"] in OUR_TASKS

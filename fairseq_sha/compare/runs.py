@@ -150,6 +150,8 @@ def train_and_evaluate(args, model, model_folder, seed, updates, title, splits=S
                 f"evaluating on {split}".format,
                 lambda _, split=split: evaluation_of(folder, model, split),
             )
+    if "test" in splits and recipes.is_ours(model.config):
+        count_flops(args, model_folder, title)
     # The machine of a launcher's jobs is not known.
     here = None if args.launcher else machine(args.processes)
     result = result_of(model_folder, model, seed, updates, splits, here)
@@ -160,6 +162,23 @@ def train_and_evaluate(args, model, model_folder, seed, updates, title, splits=S
     scores = ", ".join(f"{result[split]['bits']:.3f} on {split}" for split in splits)
     print(f"{title}: bits per byte: {scores}", flush=True)
     return result
+
+
+def count_flops(args, model_folder, title):
+    """Count the operations of a model once, into flops.json. A model whose operations cannot be
+    counted has none in its results."""
+    path = model_folder / "flops.json"
+    if path.is_file():
+        return
+    log = model_folder / "flops.log"
+    try:
+        command = recipes.flops_command(model_folder)
+        args.processes.execute(
+            command, log, title, "counting FLOPs".format, lambda _: path.exists()
+        )
+    except RunFailed as error:
+        if not path.is_file():  # otherwise another run was faster
+            print(f"{title}: FLOPs are not counted: {error}", flush=True)
 
 
 def evaluation_of(folder, model, split):
@@ -191,6 +210,8 @@ def result_of(model_folder, model, seed, updates, splits, here):
     if speed and here and is_same_machine(speed.get("machine"), here):
         seconds = 1 / speed["updates_per_second"]
 
+    flops = json.loads(read(model_folder / "flops.json") or "{}").get("training_flops_per_token")
+
     gpu = re.search(r"^rank .* name = (.+?)\s*$", text, re.MULTILINE)
     return {
         "model": model.name,
@@ -201,6 +222,7 @@ def result_of(model_folder, model, seed, updates, splits, here):
         "bytes": round(updates * tokens * training.bytes_per_token),
         "training_seconds": float(f"{updates * seconds:.6g}"),
         "training_tokens_per_second": float(f"{tokens / seconds:.6g}"),
+        "training_flops": flops and round(flops * updates * tokens),
         "peak_memory_mb": logs.read_peak(text),
         "device": gpu.group(1) if gpu else "CPU",
         **{split: evaluation_of(folder, model, split) for split in splits},

@@ -197,6 +197,11 @@ def test_result_of_a_run(finished):
     speed = found["bytes"] / found["training_seconds"]
     assert found["training_tokens_per_second"] == pytest.approx(speed, rel=1e-3)
     assert 100 < found["peak_memory_mb"] < 5000
+    counted = json.loads((finished[0] / "good" / "flops.json").read_text())
+    expected = counted["training_flops_per_token"] * found["bytes"]
+    assert found["training_flops"] == pytest.approx(expected, rel=1e-3)
+    # Two for each weight of a product, and twice as much for the gradients; attention adds some.
+    assert 5 < counted["training_flops_per_token"] / found["parameters"] < 9
     kept = os.listdir(finished[0] / "good" / "seed1" / "checkpoints")
     assert kept == ["checkpoint_last.pt"]
 
