@@ -227,8 +227,9 @@ def _slopes(gates, all_gates, before):
 
     Returns:
         the derivatives of ``c_t`` with respect to the arguments of j, f and i, and of ``h_t`` with
-        respect to that of o, ``[T, B, rows, H]``; of ``h_t`` with respect to ``c_t``, ``[T, B, H]``; and where
-        ``c_t`` is within the bounds, of the same shape, or None without bounds
+        respect to that of o, ``[T, B, rows, H]``; of ``h_t`` with respect to ``c_t``,
+        ``[T, B, H]``; and where ``c_t`` is within the bounds, a bool Tensor ``[T, B, H]``, or None
+        without bounds
     """
     j, f, *i, o = all_gates.chunk(gates.rows, 2)
     gate = _input_gate(gates, f, *i)
