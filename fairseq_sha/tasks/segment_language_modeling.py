@@ -235,7 +235,8 @@ class SegmentLanguageModelingTask(FairseqTask):
                 self.model.decoder.compile_layers()
         elif self.is_training and self.cfg.drop_state_probability > 0:
             raise UserError(
-                f"--drop-state-probability: --arch {cfg._name} carries no state; leave it out"
+                f"--drop-state-probability {self.cfg.drop_state_probability}: --arch {cfg._name} "
+                "carries no state; leave it out"
             )
         elif self.is_training and self.cfg.compile:
             raise UserError(f"--compile: not supported for --arch {cfg._name}; leave it out")
