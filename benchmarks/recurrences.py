@@ -1,5 +1,8 @@
 """A training step of each recurrence, forward and backward, beside loops over time under autograd.
 
+The Mogrifier LSTM, its form without rounds, and a recurrent highway network stand beside torch's
+LSTM, too.
+
 The loop is the definition in ``fairseq_sha.ops.oracles``, which unbinds all steps at once. With
 ``--indexed``, a loop as most would first write it is measured too. It reads ``a[t]`` at each step,
 so that its gradient adds up a tensor as large as all of ``a`` for each step. It takes minutes and
@@ -13,8 +16,16 @@ import time
 import torch
 from timing import arguments, compare, describe_machine, finish_work
 
-from fairseq_sha.ops import linear_recurrence, sru
-from fairseq_sha.ops.oracles import linear_recurrence_reference, sru_reference
+from fairseq_sha.ops import linear_recurrence, lstm, mogrifier_lstm, recurrent_highway, sru
+from fairseq_sha.ops.oracles import (
+    linear_recurrence_reference,
+    mogrifier_lstm_reference,
+    recurrent_highway_reference,
+    sru_reference,
+)
+
+ROUNDS = 6  # of the Mogrifier LSTM of 48M parameters
+RANK = 0.068  # of its matrices, in multiples of the width
 
 
 def indexed_linear_recurrence(a, b, h):
@@ -52,10 +63,46 @@ def step(form, inputs):
     def run():
         for tensor in inputs:
             tensor.grad = None
-        outputs, _ = form(*inputs)
+        outputs = form(*inputs)[0]
         outputs.backward(torch.ones_like(outputs))
 
     return run
+
+
+def report_loops(shape, depth, device, repeats):
+    """The loops over time whose gates depend on the state, as ratios to torch's LSTM."""
+    length, streams, width = shape
+
+    def weights(*sizes):
+        return (torch.randn(sizes, device=device) / sizes[-1] ** 0.5).requires_grad_()
+
+    x = weights(*shape)
+    state = torch.zeros(streams, width, device=device)
+    gates = [weights(4 * width, width), weights(4 * width, width), weights(4 * width)]
+    rank = max(1, round(RANK * width))
+    rounds = [(weights(rank, width), weights(width, rank), weights(width)) for _ in range(ROUNDS)]
+    maps = [weight for maps in rounds for weight in maps]
+    highway = [weights(2 * width, width), weights(depth, 2 * width, width)]
+    highway += [weights(depth, 2 * width)]
+    forms = {
+        "LSTM": (lambda: lstm(x, state[None], state[None], *gates, gates[2]), [x, *gates]),
+    }
+    for name, form in (("ours", mogrifier_lstm), ("definition", mogrifier_lstm_reference)):
+        forms[f"LSTM with a capped gate, {name}"] = (
+            lambda form=form: form(x, state, state, *gates),
+            [x, *gates],
+        )
+        forms[f"Mogrifier LSTM, {ROUNDS} rounds of rank {rank}, {name}"] = (
+            lambda form=form: form(x, state, state, *gates, rounds),
+            [x, *gates, *maps],
+        )
+    for name, form in (("ours", recurrent_highway), ("definition", recurrent_highway_reference)):
+        forms[f"recurrent highway network, depth {depth}, {name}"] = (
+            lambda form=form: form(x @ highway[0].t(), state, *highway[1:]),
+            [x, *highway],
+        )
+    cases = {name: step(lambda *_, f=form: f(), inputs) for name, (form, inputs) in forms.items()}
+    compare(cases, repeats, baseline="LSTM")
 
 
 def main(argv=None):
@@ -63,6 +110,7 @@ def main(argv=None):
     parser.add_argument("--length", type=int, default=512, help="tokens of a segment")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--depth", type=int, default=5, help="of the recurrent highway network")
     parser.add_argument("--indexed", action="store_true", help="measure this loop, too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -88,6 +136,8 @@ def main(argv=None):
         tensors,
         args.repeats,
     )
+    print("\nloops over time with matrix products\n")
+    report_loops(shape, args.depth, args.device, args.repeats)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,10 @@ OPTIONS = {
         "--restore-file {checkpoints}/TransformerXL.pt",
         "the checkpoint is of another model or other sizes",
     ),
+    "drop state": (
+        "--drop-state-probability 1.5",
+        "--drop-state-probability 1.5: must be from 0 to 1",
+    ),
     "restore another size": (
         "--restore-file {checkpoints}/SHARNN.pt --width 24",
         "the checkpoint is of another model or other sizes",

@@ -189,6 +189,21 @@ checkpoint: {{save_dir: {tmp_path}/checkpoints, save_interval_updates: 7}}
     assert losses == {updates: expected[updates] for updates in losses}
 
 
+def test_dropped_states_are_dropped_again_by_a_resumed_run(data, whole_run, tmp_path):
+    options = f"{TRAINING} --drop-state-probability 0.5 --save-dir"
+    done = command("fairseq-train", data, f"{options} {tmp_path}/whole --max-update 20")
+    whole = logged_losses(done.stdout)
+    plain = logged_losses(whole_run[1])
+    assert len(whole) == 20, done.stdout
+    assert whole["num_updates=1"] == plain["num_updates=1"]  # there was no state to drop
+    assert whole["num_updates=2"] != plain["num_updates=2"]
+    (checkpoint,) = (tmp_path / "whole").glob("checkpoint_*_7.pt")
+    options = f"{options} {tmp_path}/resumed --restore-file {checkpoint} --max-update 20"
+    resumed = logged_losses(command("fairseq-train", data, options).stdout)
+    assert len(resumed) == 13
+    assert resumed == {updates: whole[updates] for updates in resumed}
+
+
 @pytest.mark.parametrize("option", ["--num-workers 2", "--checkpoint-activations"])
 def test_how_it_is_computed_changes_nothing(data, whole_run, tmp_path, option):
     done = command(

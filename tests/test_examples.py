@@ -6,11 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_DATACLASS_REGISTRY
+from fairseq.optim.lr_scheduler.fixed_schedule import FixedLRSchedule
+from fairseq.optim.nag import NAG
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
@@ -92,6 +95,20 @@ def published(name):
         small = name.endswith("small")
         warmup = 8000 if small else 32_000
         return ADAGRAD, schedule("fixed", warmup), run, 64, 256 if small else 512
+    if name.startswith(("melis_lstm", "mogrifier_lstm")):
+        rates = {
+            "melis_lstm_enwik8": 0.0025167,
+            "melis_lstm_enwik8_96m": 0.001975,
+            "mogrifier_lstm_enwik8": 0.0010214,
+            "mogrifier_lstm_enwik8_96m": 0.002248,
+        }
+        run = length(rates[name], 100 * 400, clip_norm=10 / 500)
+        rmsprop = {"_name": "adam", "adam_betas": "(0.0, 0.999)", "adam_eps": 2e-11}
+        return rmsprop, schedule("fixed", 0), run, 128, 500
+    if name.startswith("rhn"):
+        run = {"lr": [0.2 * 50], "clip_norm": 10 / 50, "max_epoch": 500}
+        annealing = schedule("fixed", 0, force_anneal=6, lr_shrink=pytest.approx(1 / 1.03))
+        return {"_name": "nag", "momentum": 0.0}, annealing, run, 128, 50
     large = name.endswith("large")
     if "lm1b" in name:
         annealing = schedule("cosine_annealing", 16_000, warmup_skips_zero=True)
@@ -127,13 +144,44 @@ def test_published_recipe(path):
     assert recipe["task"]["tokens_per_sample"] == tokens
     assert recipe["model"] == {"_name": path.stem} or "18l" in path.stem
     words = path.parent.name != "enwik8"
-    own_losses = words or path.stem.startswith("adaptive_span")
+    own_losses = words or path.stem.startswith(("adaptive_span", "melis", "mogrifier", "rhn"))
     assert recipe["criterion"] == {"_name": "cross_entropy" + "_with_auxiliary_losses" * own_losses}
     task = recipe["task"]
     assert task["data"] == OF_PAPERS[path.parent.name]
     assert task["_name"] == ("segment" if words else "byte") + "_language_modeling"
     assert task.get("codec") == ("words" if words else None)
     assert recipe["distributed_training"] == {"distributed_world_size": 1}
+
+
+def test_rhn_has_the_published_learning_rate_in_each_epoch():
+    cfg = OmegaConf.load(str(ROOT / "examples" / "enwik8" / "rhn_enwik8.yaml"))
+    rate = cfg.optimization.lr[0]
+    cfg = OmegaConf.merge(
+        OmegaConf.structured(LR_SCHEDULER_DATACLASS_REGISTRY["fixed"]),
+        {**cfg.lr_scheduler, "lr": [rate]},
+    )
+    scheduler = object.__new__(FixedLRSchedule)
+    scheduler.cfg = cfg
+    for i in range(30):  # the published code counts epochs from 0
+        assert scheduler.get_next_lr(i + 1) == pytest.approx(rate / 1.03 ** max(i - 4, 0))
+
+
+def test_optimizer_of_rhn_is_plain_gradient_descent():
+    weight = torch.randn(5, requires_grad=True)
+    expected, optimizer = weight.detach().clone(), NAG([weight], lr=3.0, momentum=0.0)
+    for rate in (3.0, 3.0, 2.0):
+        optimizer.param_groups[0]["lr"] = rate
+        weight.grad = torch.randn(5)
+        expected -= rate * weight.grad
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["melis_lstm_enwik8", "mogrifier_lstm_enwik8_96m"])
+def test_states_are_dropped_in_the_recipes_of_the_mogrifier_lstm(name):
+    recipe = OmegaConf.load(str(ROOT / "examples" / "enwik8" / f"{name}.yaml"))
+    assert recipe.task.drop_state_probability == 0.01
+    assert recipe.dataset.validate_interval_updates == 400
 
 
 def test_model_of_the_readme_carries_its_state(tmp_path, monkeypatch):

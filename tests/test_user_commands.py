@@ -134,6 +134,25 @@ def test_evaluate_agrees_with_fairseq(data, path, tmp_path, capsys, options):
     assert os.listdir(tmp_path) == ["score.json"]
 
 
+def test_evaluate_with_a_fitted_temperature_reports_it_apart(data, path, tmp_path, capsys):
+    words = ["evaluate", data, "--path", path, "--cpu", "--json"]
+    assert main([*words, str(tmp_path / "plain.json")]) == 0
+    expected = capsys.readouterr().out
+    fitted_words = [*words, str(tmp_path / "fitted.json"), "--fit-temperature", "valid"]
+    assert main(fitted_words) == 0
+    plain, fitted = capsys.readouterr().out.splitlines()
+    assert f"{plain}\n" == expected
+    before, after = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "fitted")
+    )
+    assert before["fitted_temperature"] is None
+    assert after["bits_per_byte"] == before["bits_per_byte"]
+    found = after["fitted_temperature"]
+    assert found["split"] == "valid" and found["bits_per_byte"] != after["bits_per_byte"]
+    assert fitted.startswith(f"test, logits times {found['factor']:.2f}")
+    assert f"{found['bits_per_byte']:.4f} bits per byte" in fitted and "fitted on valid" in fitted
+
+
 def test_blocks_are_stretches_of_text():
     np = pytest.importorskip("numpy")
     sizes = np.array([BLOCK - 1, 1, 1, BLOCK])
@@ -148,6 +167,10 @@ def test_blocks_are_stretches_of_text():
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--context-window", "40"], "--context-window 40: leaves nothing to score"),
         (["--split", "other"], "{data}/other.idx: no such file"),
+        (["--fit-temperature", "other"], "{data}/other.idx: no such file"),
+        (["--fit-temperature", "test"], "--fit-temperature test: a temperature fitted on"),
+        (["--split", "valid", "--fit-temperature", "test"], "--fit-temperature test: a"),
+        (["--split", "valid", "--fit-temperature", "valid"], "--fit-temperature valid: a"),
         (["--model-overrides", "window"], "--model-overrides window: not a dict"),
         (["--model-overrides", "{'windows': 3}"], "--model-overrides windows: the model has no"),
         (["--user-dir", "/none"], "--user-dir /none: no such folder"),

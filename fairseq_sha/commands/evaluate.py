@@ -6,6 +6,9 @@ Models that carry state read segments of --tokens-per-sample tokens in --batch-s
 streams. For models without state, --context-window gives each prediction at least so much context:
 windows of --tokens-per-sample tokens, in which only the tokens after the context are scored.
 The model may be one of fairseq's own, if it was trained with a task of this package.
+
+--fit-temperature SPLIT reads SPLIT first, such as valid, and finds the factor between 0.80 and 1.06
+by which all logits are multiplied best. The score with this factor is printed after the plain one.
 """
 
 import json
@@ -40,6 +43,11 @@ def add_arguments(parser):
         help="for models without state: context of each prediction in tokens (default: none)",
     )
     parser.add_argument(
+        "--fit-temperature",
+        metavar="SPLIT",
+        help="also score with a softmax temperature that is fitted on another split",
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
@@ -51,10 +59,23 @@ def run(args):
     """Evaluate and print the score."""
     if args.json:
         check_new([args.json])
+    check_fit(args)
     args.data_bin = args.data_bin or args.data
     trained = load_model(args, allow_stock=True)
+    if args.fit_temperature:
+        trained.task.load_dataset(args.fit_temperature)
     score, costs, sizes, seconds = evaluate_split(trained, args)
     print(f"{args.split}: {score}")
+    fitted = None
+    if args.fit_temperature:
+        fit, with_fit = evaluate_fitted(trained, args)
+        print(f"{args.split}, {fit}: {with_fit}")
+        fitted = {
+            "split": fit.split,
+            "factor": fit.factor,
+            "nats": with_fit.nats,
+            "bits_per_byte": with_fit.bits_per_byte,
+        }
     if args.json:
         content = {
             **score._asdict(),
@@ -62,6 +83,7 @@ def run(args):
             # Windows are independent of each other, however many are read side by side.
             "streams": None if args.context_window else args.batch_size,
             "seconds": round(seconds, 3),
+            "fitted_temperature": fitted,
             "block_bytes": BLOCK,
             "block_bits": bits_of_blocks(costs, sizes),
         }
@@ -74,6 +96,42 @@ def evaluate_split(trained, args):
     from fairseq_sha.evaluation.evaluate import evaluate
 
     task, model = trained.task, trained.models[0]
+    policy = policy_of(task, args)
+    task.load_dataset(args.split)
+    corpus = task.dataset(args.split)
+    started = time.perf_counter()
+    score, costs = evaluate(model, corpus, args.split, task.codec, policy, progress=True)
+    seconds = time.perf_counter() - started
+    return score, costs, task.codec.bytes_per_token()[corpus.tokens[1:]], seconds
+
+
+def check_fit(args):
+    """Raise a UserError if the temperature would be fitted on what is scored, or on test."""
+    split = args.fit_temperature
+    if split and (split == args.split or split.startswith("test")):
+        raise UserError(
+            f"--fit-temperature {split}: a temperature fitted on the split that is scored, or on "
+            "test, gives no honest score; name another, such as valid"
+        )
+
+
+def evaluate_fitted(trained, args):
+    """The temperature that was fitted, and the score with it."""
+    from fairseq_sha.evaluation.evaluate import evaluate
+    from fairseq_sha.evaluation.temperature import fit_temperature
+
+    task, model, split = trained.task, trained.models[0], args.fit_temperature
+    policy = policy_of(task, args)
+    fit = fit_temperature(model, task.dataset(split), split, task.codec, policy, progress=True)
+    corpus = task.dataset(args.split)
+    score, _ = evaluate(
+        model, corpus, args.split, task.codec, policy, progress=True, losses=fit.losses()
+    )
+    return fit, score
+
+
+def policy_of(task, args):
+    """How the options say that a split is read."""
     length = args.tokens_per_sample
     if length is None:
         length = task.cfg.tokens_per_sample
@@ -89,15 +147,9 @@ def evaluate_split(trained, args):
             f"--context-window {args.context_window}: leaves nothing to score of "
             f"--tokens-per-sample {length}, which includes it; raise that"
         )
-    task.load_dataset(args.split)
-    corpus = task.dataset(args.split)
-    policy = task.evaluation_policy(
+    return task.evaluation_policy(
         args.batch_size, length - args.context_window, args.context_window
     )
-    started = time.perf_counter()
-    score, costs = evaluate(model, corpus, args.split, task.codec, policy, progress=True)
-    seconds = time.perf_counter() - started
-    return score, costs, task.codec.bytes_per_token()[corpus.tokens[1:]], seconds
 
 
 def bits_of_blocks(costs, sizes):

@@ -53,7 +53,27 @@ def _exp(value):
         return math.inf
 
 
-def evaluate(model, corpus, split, codec, policy, progress=False):
+@torch.no_grad()
+def token_losses(model, batch):
+    """The cost of each target of a batch in nats, ``[B, T]``; those of padding mean nothing."""
+    net_input, targets = inputs_of(model, batch)
+    if isinstance(model.decoder, SegmentDecoder):
+        return model(**net_input, targets=targets)[0]
+    log_probs = model.get_normalized_probs(model(**net_input), log_probs=True)
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def inputs_of(model, batch):
+    """What a batch gives to the model, and its targets ``[B, T]``, on the model's device."""
+    device = next(model.parameters()).device
+    net_input = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch["net_input"].items()
+    }
+    return net_input, batch["target"].to(device)
+
+
+def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_losses):
     """Read a split.
 
     Args:
@@ -64,6 +84,7 @@ def evaluate(model, corpus, split, codec, policy, progress=False):
         codec (~fairseq_sha.data.codecs.Codec): what its tokens stand for
         policy (Carried or Sliding): how it is read
         progress (bool): whether to show progress on standard error, if that is a terminal
+        losses (callable): from the model and a batch to the cost of each target, ``[B, T]``
 
     Returns:
         the :class:`Score`, and the cost of each prediction in nats, float32 ``[len(corpus)]``
@@ -76,9 +97,9 @@ def evaluate(model, corpus, split, codec, policy, progress=False):
     with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable) as bar:
         for index in range(len(batches)):
             batch = batches[index]
-            losses = token_losses(model, batch).double().cpu().numpy()
+            costs_of_batch = losses(model, batch).double().cpu().numpy()
             for row, (first, context, count) in enumerate(batches.rows(index)):
-                scored = losses[row, context : context + count]
+                scored = costs_of_batch[row, context : context + count]
                 costs[first : first + count] = scored
                 nats += float(scored.sum())
             for key in total:
@@ -86,18 +107,3 @@ def evaluate(model, corpus, split, codec, policy, progress=False):
             bar.update(batch["ntokens"])
     words = total["nwords"] or None
     return Score(nats, total["ntokens"], total["nbytes"], words, str(policy)), costs
-
-
-@torch.no_grad()
-def token_losses(model, batch):
-    """The cost of each target of a batch in nats, ``[B, T]``; those of padding mean nothing."""
-    device = next(model.parameters()).device
-    net_input = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in batch["net_input"].items()
-    }
-    targets = batch["target"].to(device)
-    if isinstance(model.decoder, SegmentDecoder):
-        return model(**net_input, targets=targets)[0]
-    log_probs = model.get_normalized_probs(model(**net_input), log_probs=True)
-    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

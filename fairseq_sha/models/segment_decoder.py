@@ -123,6 +123,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         self.total_updates = 0
         #: Whether to recompute each layer for its gradient instead of keeping its activations.
         self.checkpoint_activations = False
+        #: With what probability a training segment of a stream starts from a state of zeros.
+        self.drop_state_probability = 0.0
         self._register_state_dict_hook(_leave_out_tied)
         self._register_load_state_dict_pre_hook(self._complete_state_dict)
 
@@ -207,6 +209,18 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         """
         return context
 
+    def combine(self, hidden, context):
+        """What the last norm and the head read of the layers.
+
+        Args:
+            hidden (list of Tensor): the output of each layer, ``[T, B, H]``
+            context (Context): what :meth:`prepare` returned
+
+        Returns:
+            Tensor ``[T, B, H]``
+        """
+        return hidden[-1]
+
     def auxiliary_losses(self, done, targets, further_targets=None):
         """What training minimises besides the loss of the targets.
 
@@ -253,11 +267,28 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             self.set_generation_state(incremental_state, done.state)
         elif segment is not None:
             before = self.carried.before(segment, self.training)
-            done = self._read(tokens, before, self.training)
+            done = self._read(tokens, self._drop_state(before), self.training)
             self.carried.keep(segment, self.training, before, done.state)
         else:
             done = self._read(tokens, None, self.training)
         return done
+
+    def _drop_state(self, state):
+        """The state with zeros for some streams, in training. fairseq seeds random numbers anew for
+        each update, so that a resumed run, or an update tried again, drops the same."""
+        if not self.training or self.drop_state_probability == 0 or not state:
+            return state
+        tensors = [tensor for layer in state for tensor in layer.values()]
+        if not tensors:
+            return state
+        # Drawn on the CPU: where to drop does not depend on the device.
+        kept = torch.rand(tensors[0].size(1)) >= self.drop_state_probability
+
+        def drop(tensor):
+            shape = (1, -1) + (1,) * (tensor.dim() - 2)
+            return tensor.masked_fill(~kept.view(shape).to(tensor.device), 0)
+
+        return [{key: drop(tensor) for key, tensor in layer.items()} for layer in state]
 
     def _read(self, tokens, state, training):
         context = Context(training, self.num_updates, self.total_updates)
@@ -282,6 +313,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             h, after = layer(h, layer_state, context)
             new_state.append(after)
             hidden.append(h)
+        h = self.combine(hidden, context)
         if self.final_norm is not None:
             h = self.final_norm(h)
         features = dropout(h, self.dropout_output, context.training)

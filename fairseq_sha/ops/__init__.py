@@ -7,9 +7,12 @@ from fairseq_sha.ops.linear_recurrence import linear_recurrence
 from fairseq_sha.ops.lstm import lstm
 from fairseq_sha.ops.masked_softmax import masked_softmax
 from fairseq_sha.ops.memory import last_rows, next_memory, rows_to_attend
+from fairseq_sha.ops.mogrifier_lstm import Gates, mogrifier_lstm
+from fairseq_sha.ops.recurrent_highway import recurrent_highway
 from fairseq_sha.ops.sru import sru
 
 __all__ = [
+    "Gates",
     "attend",
     "causal_bias",
     "causal_relative_bias",
@@ -18,7 +21,9 @@ __all__ = [
     "linear_recurrence",
     "lstm",
     "masked_softmax",
+    "mogrifier_lstm",
     "next_memory",
+    "recurrent_highway",
     "rows_to_attend",
     "skew",
     "sru",

@@ -62,6 +62,58 @@ def lstm_reference(x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
     return torch.stack(outputs), h.unsqueeze(0), c.unsqueeze(0)
 
 
+def mogrifier_lstm_reference(
+    x, h0, c0, weight_x, weight_h, bias, rounds=(), mask=None, gates=("capped", 0.0)
+):
+    """:func:`fairseq_sha.ops.mogrifier_lstm`, one step after the other."""
+    input_gate, clip = gates
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h, c, outputs = h0.to(wide), c0.to(wide), []
+    for x_t in x.to(wide):
+        y = h if mask is None else h * mask
+        for r, (a, b, offset) in enumerate(rounds):
+            source = x_t if r % 2 else y
+            if a is not None:
+                source = source @ a.t().to(wide)
+            factor = 2 * torch.sigmoid(source @ b.t().to(wide) + offset)
+            if r % 2:
+                y = y * factor
+            else:
+                x_t = x_t * factor
+        total = x_t @ weight_x.t().to(wide) + y @ weight_h.t().to(wide) + bias
+        j, f, *i, o = total.split(h.size(1), 1)
+        f, j = torch.sigmoid(f), torch.tanh(j)
+        if input_gate == "coupled":
+            i = 1 - f
+        elif input_gate == "capped":
+            i = torch.minimum(1 - f, torch.sigmoid(i[0]))
+        else:
+            i = torch.sigmoid(i[0])
+        c = f * c + i * j
+        h = torch.sigmoid(o) * torch.tanh(c)
+        if clip > 0:
+            c = c.clamp(-clip, clip)
+        outputs.append(h)
+    return torch.stack(outputs).to(x.dtype), h, c
+
+
+def recurrent_highway_reference(from_x, s0, weights, biases, mask=None):
+    """:func:`fairseq_sha.ops.recurrent_highway`, one micro-step after the other."""
+    wide = torch.promote_types(from_x.dtype, torch.float32)
+    s, outputs = s0.to(wide), []
+    for from_x_t in from_x.to(wide):
+        for d in range(len(weights)):
+            dropped = s if mask is None else s * mask
+            total = dropped @ weights[d].t().to(wide) + biases[d]
+            if d == 0:
+                total = total + from_x_t
+            h, t = total.chunk(2, 1)
+            t = torch.sigmoid(t)
+            s = torch.tanh(h) * t + s * (1 - t)
+        outputs.append(s)
+    return torch.stack(outputs).to(from_x.dtype), s
+
+
 def min_trust_lamb_reference(w, g, m, v, lr, beta1, beta2, eps, weight_decay, min_trust):
     """A step of :class:`fairseq_sha.optim.min_trust_lamb.MinTrustLAMB` for one tensor: returns the
     new ``w``, ``m`` and ``v``, and the trust ratio."""

@@ -90,6 +90,14 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
             "repeats the uninterrupted one; auto: if it takes 1 GB at most"
         },
     )
+    drop_state_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "probability with which a training segment of a stream starts from a state of "
+            "zeros instead of the carried one; for an attention this is a memory of zeros "
+            "(default: none; the Mogrifier LSTM's recipes have 0.01)"
+        },
+    )
     checkpoint_activations: bool = field(
         default=False,
         metadata={
@@ -184,6 +192,10 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise UserError(f"{cfg.data}: a list of folders; name one, with the whole corpus in it")
         if cfg.tokens_per_sample < 1:
             raise UserError(f"--tokens-per-sample {cfg.tokens_per_sample}: must be at least 1")
+        if not 0 <= cfg.drop_state_probability <= 1:
+            raise UserError(
+                f"--drop-state-probability {cfg.drop_state_probability}: must be from 0 to 1"
+            )
         if cfg.add_bos_token:
             raise UserError("--add-bos-token: not supported; leave it out")
         return cls(cfg, CODECS[str(cfg.codec)].load(cfg.data), **kwargs)
@@ -216,10 +228,16 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         if self.is_training and self.carries_state():
             self.model.decoder.checkpoint_activations = self.cfg.checkpoint_activations
+            self.model.decoder.drop_state_probability = self.cfg.drop_state_probability
             self.model.decoder.carried.may_overflow = self.cfg.fp16 or self.cfg.amp
             self.model.decoder.total_updates = self.cfg.max_update
             if self.cfg.compile:
                 self.model.decoder.compile_layers()
+        elif self.is_training and self.cfg.drop_state_probability > 0:
+            raise UserError(
+                f"--drop-state-probability {self.cfg.drop_state_probability}: --arch {cfg._name} "
+                "carries no state; leave it out"
+            )
         elif self.is_training and self.cfg.compile:
             raise UserError(f"--compile: not supported for --arch {cfg._name}; leave it out")
         return self.model

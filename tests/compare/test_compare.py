@@ -262,7 +262,7 @@ def test_report_sums_up(data, finished):
     assert cells[:4] == ["good", f"{bits} [{bits}, {bits}]†", "best", "7,952"]
     rivals = json.loads((out / "results.json").read_text())["rivals"]
     # The model has read all of train, more than once.
-    size = (data / "train.bin").stat().st_size // 2
+    size = (Path(data) / "train.bin").stat().st_size // 2
     assert size < found["bytes"]
     assert [(row["name"], row["primed_with"]) for row in rivals] == [
         ("xz -9e", 0),

@@ -278,3 +278,31 @@ def test_checkpoints_of_version_0_1_load(tied):
     tokens = torch.randint(16, (2, 3))
     assert torch.equal(other(tokens)[0], decoder(tokens)[0])
     assert (other.head.weight is other.embedding.weight) == tied
+
+
+def test_state_is_dropped_for_some_streams_in_training():
+    """Each stream as a whole, in all layers, and never in evaluation."""
+    decoder = SegmentDecoder(dictionary_of(16), [Summing(), Summing()], width=4)
+    decoder.drop_state_probability = 0.3
+    tokens = torch.randint(16, (200, 3))
+    decoder(tokens, segment="train:1:0")
+    before = decoder.carried.before("train:1:1", True)
+    starts = []
+    read = decoder._read_piece
+    decoder._read_piece = lambda tokens, state, context: (
+        starts.append(state) or read(tokens, state, context)
+    )
+    decoder(tokens, segment="train:1:1")
+    dropped = (starts[0][0]["sum"][0] == 0).all(1)
+    assert 0.2 < dropped.float().mean() < 0.4
+    for layer, carried in zip(starts[0], before):
+        assert torch.equal(layer["sum"][:, ~dropped], carried["sum"][:, ~dropped])
+        assert not layer["sum"][:, dropped].any()
+    # An update tried again starts from what was carried, and draws anew.
+    decoder(tokens, segment="train:1:1")
+    again = (starts[1][0]["sum"][0] == 0).all(1)
+    assert not torch.equal(again, dropped)
+    decoder.eval()
+    decoder(tokens, segment="valid:1:0")
+    decoder(tokens, segment="valid:1:1")
+    assert (starts[-1][0]["sum"] != 0).all()

@@ -142,3 +142,10 @@ def test_streams_that_have_ended_are_filled_with_tokens(tmp_path):
     assert "segment" not in last["net_input"]
     assert sum(dataset[i]["ntokens"] for i in range(len(dataset))) == 82
     assert torch.equal(last["target"] != 1, last["net_input"]["src_tokens"] != 2)
+
+
+def test_there_is_no_state_to_drop(data, tmp_path, monkeypatch):
+    options = f"--arch lstm_lm {STOCK['lstm_lm']} {TRAINING} --save-dir {tmp_path}/out"
+    options += " --criterion cross_entropy --max-update 2 --drop-state-probability 0.1"
+    message = message_of("train", data, options, monkeypatch)
+    check(message, "--drop-state-probability 0.1: --arch lstm_lm carries no state; leave it out")
