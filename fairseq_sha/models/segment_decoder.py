@@ -75,6 +75,9 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     #: The longest segment whose tokens may see each other; longer ones are read in pieces. None if
     #: there is no bound.
     max_segment = None
+    #: Whether a text may also be read in windows that overlap, each from nothing, for a score
+    #: (``--context-window``): for models that are usually trained and scored without state.
+    reads_windows = False
     #: Whether training needs a criterion that adds :meth:`auxiliary_losses`.
     has_auxiliary_losses = False
     #: How many tokens ahead each position predicts. Beyond one, batches hold ``further_targets``.
