@@ -7,10 +7,20 @@ from fairseq_sha.ops.linear_recurrence import linear_recurrence
 from fairseq_sha.ops.lstm import lstm
 from fairseq_sha.ops.masked_softmax import masked_softmax
 from fairseq_sha.ops.memory import last_rows, next_memory, rows_to_attend
+from fairseq_sha.ops.sparse_attention import (
+    attend_fixed,
+    attend_locally,
+    attend_strided,
+    attend_to_all,
+)
 from fairseq_sha.ops.sru import sru
 
 __all__ = [
     "attend",
+    "attend_fixed",
+    "attend_locally",
+    "attend_strided",
+    "attend_to_all",
     "causal_bias",
     "causal_relative_bias",
     "dropout",
