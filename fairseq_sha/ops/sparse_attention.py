@@ -37,14 +37,12 @@ def attend_fixed(queries, keys, values, stride, summary, num_summaries):
     # Each block of queries has a copy of the summaries before it.
     copied = len(keys) // stride * len(old_keys) * keys[0].numel()
     again = torch.is_grad_enabled() and copied > MAX_COPIED
+    # Split at once: the gradient of a slice would be as large as all keys.
+    keys_of, values_of = keys.split(stride), values.split(stride)
     mixes = []
-    for begin, end in blocks(len(queries), len(keys), stride):
-        own = slice(begin // stride * stride, end)
-        before = begin // stride * summary
-        inputs = (
-            _rows(queries, keys, begin, end),
-            *(old_keys[:before], keys[own], old_values[:before], values[own]),
-        )
+    for q, block in query_blocks(queries, keys, stride):
+        before = block * summary
+        inputs = (q, old_keys[:before], keys_of[block], old_values[:before], values_of[block])
         if again:
             mixes.append(checkpoint(_attend_to_both, *inputs, use_reentrant=False))
         else:
@@ -59,11 +57,11 @@ def _attend_to_both(queries, old_keys, keys, old_values, values):
 def attend_locally(queries, keys, values, stride):
     """Each position attends to the last ``stride`` positions, itself included. Arguments as for
     :func:`attend_fixed`."""
+    keys_of, values_of = keys.split(stride), values.split(stride)
     mixes = []
-    for begin, end in blocks(len(queries), len(keys), stride):
-        seen = slice(max(0, begin - stride + 1), end)
-        q = _rows(queries, keys, begin, end)
-        mixes.append(_attend(q, keys[seen], values[seen], stride))
+    for q, block in query_blocks(queries, keys, stride):
+        seen = slice(max(0, block - 1), block + 1)
+        mixes.append(_attend(q, torch.cat(keys_of[seen]), torch.cat(values_of[seen]), stride))
     return torch.cat(mixes)
 
 
@@ -100,17 +98,12 @@ def summaries(x, stride, summary, num_summaries):
     return whole.gather(1, index).flatten(0, 2)
 
 
-def blocks(length, total, stride):
-    """Where the queries of each block begin and end: a list of pairs of positions, of which the
-    last ``length`` of ``total`` have queries."""
-    past = total - length
+def query_blocks(queries, keys, stride):
+    """The queries of each block, and its number: a list of pairs."""
+    past, total = len(keys) - len(queries), len(keys)
     edges = [past, *range((past // stride + 1) * stride, total, stride), total]
-    return list(zip(edges, edges[1:]))
-
-
-def _rows(queries, keys, begin, end):
-    past = len(keys) - len(queries)
-    return queries[begin - past : end - past]
+    lengths = [end - begin for begin, end in zip(edges, edges[1:])]
+    return list(zip(queries.split(lengths), range(past // stride, len(edges) + past // stride)))
 
 
 def _attend(queries, keys, values, same_length=None):
