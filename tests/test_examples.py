@@ -63,6 +63,7 @@ LAMB = {"_name": "min_trust_lamb", "min_trust": 0.25}
 ADAGRAD = {"_name": "clipped_adagrad", "adagrad_clip": 0.03}
 RADAM = {"_name": "radam", "weight_decay": 0.1}
 ADAM = {"_name": "adam"}
+SGD = {"_name": "momentum_sgd", "momentum": 0.99}
 
 
 def published(name):
@@ -109,6 +110,12 @@ def published(name):
         run = {"lr": [0.2 * 50], "clip_norm": 10 / 50, "max_epoch": 500}
         annealing = schedule("fixed", 0, force_anneal=6, lr_shrink=pytest.approx(1 / 1.03))
         return {"_name": "nag", "momentum": 0.0}, annealing, run, 128, 50
+    if name in ("t12_enwik8", "t64_enwik8"):
+        run = length(0.003, 4_000_000, clip_norm=0.0)
+        return SGD, schedule("fixed", 0), run, 16, 512
+    if name == "sparse_transformer_enwik8":
+        run = length(3.5e-4, 73_250, clip_norm=1.0)
+        return {**ADAM, "weight_decay": 0.01}, schedule("cosine", 5000), run, 8, 12_288
     large = name.endswith("large")
     if "lm1b" in name:
         annealing = schedule("cosine_annealing", 16_000, warmup_skips_zero=True)
@@ -144,7 +151,9 @@ def test_published_recipe(path):
     assert recipe["task"]["tokens_per_sample"] == tokens
     assert recipe["model"] == {"_name": path.stem} or "18l" in path.stem
     words = path.parent.name != "enwik8"
-    own_losses = words or path.stem.startswith(("adaptive_span", "melis", "mogrifier", "rhn"))
+    own_losses = words or path.stem.startswith(
+        ("adaptive_span", "melis", "mogrifier", "rhn", "t12", "t64")
+    )
     assert recipe["criterion"] == {"_name": "cross_entropy" + "_with_auxiliary_losses" * own_losses}
     task = recipe["task"]
     assert task["data"] == OF_PAPERS[path.parent.name]

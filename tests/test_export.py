@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fairseq_sha import commands, onnx_export
+from fairseq_sha import UserError, commands, onnx_export
 from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.data import data_bin, piece_data_bin
 from fairseq_sha.data.codecs import CODECS, WordCodec
@@ -27,6 +27,9 @@ CAN_EXPORT = torch_is_at_least(2, 6) and all(importlib.util.find_spec(name) for 
 pytestmark = pytest.mark.skipif(
     not CAN_EXPORT, reason="needs torch 2.6 or newer, onnx, onnxscript and onnxruntime"
 )
+
+#: The others begin a new window now and then, which a graph cannot.
+EXPORTED = [f.model.__name__ for f in BY_NAME.values() if "eval_stride" not in f.tiny.model]
 
 
 def run_session(path, segments):
@@ -59,11 +62,11 @@ def read(model, segments):
 @pytest.mark.parametrize(
     "family, length",
     [
-        *((family, 1) for family in FAMILIES),
+        *((family, 1) for family in EXPORTED),
         ("SHARNN", 7),
         *(
             pytest.param(family, 7, marks=pytest.mark.long)
-            for family in FAMILIES
+            for family in EXPORTED
             if family != "SHARNN"
         ),
     ],
@@ -78,6 +81,14 @@ def test_exported_model_gives_the_same_logits(checkpoints, tmp_path, family, len
         expected = read(model, segments)
         exported = run_session(tmp_path / "model.onnx", segments)
         np.testing.assert_allclose(exported, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EXPORTED])
+def test_models_that_begin_new_windows_are_refused(checkpoints, tmp_path, family):
+    model = TrainedModel.load(checkpoints[family], cpu=True)
+    with pytest.raises(UserError, match="cannot be exported: this model begins a new window"):
+        onnx_export.export(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def altered(checkpoint, folder, **fields):

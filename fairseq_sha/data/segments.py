@@ -1,9 +1,10 @@
-"""A corpus cut into batches, with each prediction in exactly one of them.
+"""A corpus cut into batches.
 
 A corpus of ``N`` tokens holds ``N - 1`` predictions: each token except the first, given the tokens
 before it. :class:`SegmentDataset` is for models that carry state: ``S`` streams own contiguous runs
-of predictions, and all streams are read side by side, one segment after the other.
-:class:`WindowDataset` is for the evaluation of models that carry none: it gives each prediction a
+of predictions, and all streams are read side by side, one segment after the other. Two others are
+for models that carry none: :class:`RandomWindowDataset` trains them on windows from random places,
+and not on every prediction once; :class:`WindowDataset` evaluates them, and gives each prediction a
 context again.
 """
 
@@ -233,6 +234,30 @@ class SegmentDataset(_Batches):
             segment = SegmentId(self.split, self.epoch, int(index))
             batch["net_input"]["segment"] = str(segment)
         return batch
+
+
+class RandomWindowDataset(SegmentDataset):
+    """Windows from random places of the corpus, as many in an epoch as there are segments, and each
+    on its own: batches have no identity, so that no state is carried. Places are drawn from seed
+    and epoch alone. Windows may overlap, and do not reach over the end of the corpus.
+
+    Args: as for :class:`SegmentDataset`, without ``split`` and ``random_start``
+    """
+
+    def __init__(self, corpus, epoch, pad, batch_size, tokens_per_sample, **kwargs):
+        super().__init__(corpus, None, epoch, pad, batch_size, tokens_per_sample, **kwargs)
+        # Of all workers, so that their number changes nothing. No window is longer than a stream.
+        latest = len(corpus) - np.diff(self.offsets)[:, None]
+        draws = np.random.RandomState([self.seed, epoch, 2])
+        places = draws.randint(latest + 1, size=(len(self), self.num_streams))
+        self.places = places[:, self.first_stream : self.first_stream + batch_size]
+
+    def segmentation(self):
+        own = {"seed": self.seed, "choice of random windows": True}
+        return {**super().segmentation(), **own}
+
+    def rows(self, index):
+        return [(int(first), 0, self.length(index)) for first in self.places[index]]
 
 
 class WindowDataset(_Batches):

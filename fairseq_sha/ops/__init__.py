@@ -9,11 +9,21 @@ from fairseq_sha.ops.masked_softmax import masked_softmax
 from fairseq_sha.ops.memory import last_rows, next_memory, rows_to_attend
 from fairseq_sha.ops.mogrifier_lstm import Gates, mogrifier_lstm
 from fairseq_sha.ops.recurrent_highway import recurrent_highway
+from fairseq_sha.ops.sparse_attention import (
+    attend_fixed,
+    attend_locally,
+    attend_strided,
+    attend_to_all,
+)
 from fairseq_sha.ops.sru import sru
 
 __all__ = [
     "Gates",
     "attend",
+    "attend_fixed",
+    "attend_locally",
+    "attend_strided",
+    "attend_to_all",
     "causal_bias",
     "causal_relative_bias",
     "dropout",

@@ -19,6 +19,31 @@ def attend_reference(queries, keys, values, bias):
     return torch.stack(mixes).view(length, heads, -1)
 
 
+def sparse_mask(pattern, total, heads, stride, summary=0, num_summaries=1):
+    """Which keys each query sees in :mod:`fairseq_sha.ops.sparse_attention`, one pair of positions
+    after another: bool ``[heads, total, total]``. Patterns are fixed, local, strided and dense."""
+    mask = torch.zeros(heads, total, total, dtype=torch.bool)
+    for h in range(heads):
+        last = stride - h % num_summaries * summary
+        for i in range(total):
+            for j in range(i + 1):
+                mask[h, i, j] = {
+                    "fixed": i // stride == j // stride or last - summary <= j % stride < last,
+                    "local": i - j < stride,
+                    "strided": (i - j) % stride == 0,
+                    "dense": True,
+                }[pattern]
+    return mask
+
+
+def sparse_attention_reference(queries, keys, values, mask):
+    """Attention as in :mod:`fairseq_sha.ops.sparse_attention`, with the scores of all pairs of
+    positions; ``mask [heads, K, K]``."""
+    scores = torch.einsum("tbnd,kbnd->bntk", queries, keys) / queries.size(-1) ** 0.5
+    scores = scores.masked_fill(~mask[:, -len(queries) :], float("-inf"))
+    return torch.einsum("bntk,kbnd->tbnd", scores.softmax(-1), values)
+
+
 def masked_softmax_reference(scores, mask):
     """:func:`fairseq_sha.ops.masked_softmax`."""
     masked = scores.softmax(-1) * mask

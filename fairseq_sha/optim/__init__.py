@@ -2,5 +2,6 @@ from fairseq_sha.optim import (  # noqa: F401
     clipped_adagrad,
     cosine_annealing,
     min_trust_lamb,
+    momentum_sgd,
     radam,
 )

@@ -46,7 +46,7 @@ from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
 from fairseq_sha.data.codecs import CODECS
 from fairseq_sha.data.corpus import Corpus
 from fairseq_sha.data.segment_iterator import SegmentIterator
-from fairseq_sha.data.segments import SegmentDataset
+from fairseq_sha.data.segments import RandomWindowDataset, SegmentDataset
 from fairseq_sha.errors import UserError
 from fairseq_sha.evaluation.policies import Carried, Sliding
 from fairseq_sha.models.family import architecture_names
@@ -81,6 +81,14 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
         metadata={
             "help": "begin each training epoch at a random place of the corpus, drawn from the "
             "seed, and go on at its beginning after its end"
+        },
+    )
+    random_windows: bool = field(
+        default=False,
+        metadata={
+            "help": "train on windows of tokens-per-sample tokens from random places of the "
+            "corpus, drawn from the seed, each on its own, instead of on segments in order; an "
+            "epoch has as many of them as there would be segments"
         },
     )
     save_carried_state: ChoiceEnum(["auto", "always", "never"]) = field(
@@ -254,6 +262,11 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         if min(self.cfg.update_freq) < 1:
             raise UserError(f"--update-freq {min(self.cfg.update_freq)}: must be at least 1")
+        if self.cfg.random_windows and self.cfg.random_start:
+            raise UserError(
+                "--random-start: has no use with --random-windows, which begin anywhere; leave it "
+                "out"
+            )
         self._check_valid_subsets()
         replace_damaged_last_checkpoint(self.cfg.save_dir)
         path = checkpoint_to_start_from(self.cfg)
@@ -568,23 +581,28 @@ class SegmentLanguageModelingTask(FairseqTask):
                 f"--batch-size {max_sentences}: {max_sentences * num_shards} streams in all, and "
                 f"{dataset.path} holds {len(dataset)} predictions; use fewer"
             )
+        carries = training and self.carries_state() and not self.cfg.random_windows
         if training:
-            batches = SegmentDataset(
-                dataset,
-                split if self.carries_state() else None,
-                epoch,
-                self.dictionary.pad(),
-                batch_size=max_sentences,
-                tokens_per_sample=self.cfg.tokens_per_sample,
-                random_lengths=self.cfg.random_segment_lengths,
-                random_start=self.cfg.random_start,
-                seed=self.cfg.seed,
-                num_shards=num_shards,
-                shard=shard_id,
-                codec=self.codec,
-                filler=None if self.carries_state() else self.codec.start,
-                num_targets=getattr(self.model.decoder, "num_targets", 1),
-            )
+            options = {
+                "epoch": epoch,
+                "pad": self.dictionary.pad(),
+                "batch_size": max_sentences,
+                "tokens_per_sample": self.cfg.tokens_per_sample,
+                "random_lengths": self.cfg.random_segment_lengths,
+                "seed": self.cfg.seed,
+                "num_shards": num_shards,
+                "shard": shard_id,
+                "codec": self.codec,
+                "filler": None if self.carries_state() else self.codec.start,
+                "num_targets": getattr(self.model.decoder, "num_targets", 1),
+            }
+            if self.cfg.random_windows:
+                batches = RandomWindowDataset(dataset, **options)
+            else:
+                split = split if carries else None
+                batches = SegmentDataset(
+                    dataset, split, random_start=self.cfg.random_start, **options
+                )
             self._check_positions(self.cfg.tokens_per_sample)
         else:
             policy = self.evaluation_policy(
@@ -592,7 +610,6 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
             batches = policy.batches(dataset, split, self.codec, num_shards, shard_id)
             logger.info("evaluating %s: %s", split, policy)
-        carries = training and self.carries_state()
         iterator = SegmentIterator(
             batches,
             carried=self.model.decoder.carried if carries else None,

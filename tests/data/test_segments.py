@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_sha.data.segments import (
+    RandomWindowDataset,
     SegmentDataset,
     SegmentId,
     WindowDataset,
@@ -225,3 +226,64 @@ def test_further_targets_are_the_tokens_after_the_targets(num_targets, **options
                 expected = (targets + k).masked_fill(targets == PAD, PAD)
                 expected[expected > options["num_tokens"] + 9] = PAD  # the end of the corpus
                 assert torch.equal(ahead, expected)
+
+
+def random_windows(num_tokens, num_shards, **options):
+    return [
+        RandomWindowDataset(
+            FakeCorpus(num_tokens), pad=PAD, num_shards=num_shards, shard=shard, **options
+        )
+        for shard in range(num_shards)
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_tokens=st.integers(10, 300),
+    batch_size=st.integers(1, 3),
+    tokens_per_sample=st.integers(1, 70),
+    random_lengths=st.booleans(),
+    num_targets=st.integers(1, 3),
+)
+def test_random_windows_lie_within_the_corpus(num_tokens, num_targets, **options):
+    (dataset,) = random_windows(num_tokens, 1, epoch=1, num_targets=num_targets, **options)
+    (in_order,) = workers(num_tokens, 1, 1, **options)
+    assert len(dataset) == len(in_order)
+    for index in range(len(dataset)):
+        batch = dataset[index]
+        tokens, targets = batch["net_input"]["src_tokens"], batch["target"]
+        assert tokens.shape == targets.shape == in_order[index]["target"].shape
+        assert "segment" not in batch["net_input"]
+        assert batch["ntokens"] == targets.numel()
+        assert torch.equal(targets, tokens + 1)
+        assert torch.equal(tokens[:, 1:], targets[:, :-1])
+        assert 10 <= tokens.min() and targets.max() <= num_tokens + 9
+        for k, ahead in enumerate(batch["net_input"].get("further_targets", ()), 1):
+            exists = targets + k < num_tokens + 10
+            assert torch.equal(ahead, torch.where(exists, targets + k, torch.full_like(ahead, PAD)))
+
+
+def test_random_windows_come_from_everywhere_and_depend_on_seed_and_epoch_alone():
+    def places(seed=1, epoch=1, shards=1):
+        parts = random_windows(
+            301, shards, epoch=epoch, seed=seed, batch_size=12 // shards, tokens_per_sample=9
+        )
+        return np.concatenate([part.places for part in parts], 1)
+
+    drawn = places()
+    assert (drawn == places()).all() and (drawn == places(shards=3)).all()
+    assert (drawn != places(seed=2)).any() and (drawn != places(epoch=2)).any()
+    drawn = np.concatenate([places(epoch=epoch)[:-1].flatten() for epoch in range(1, 201)])
+    assert drawn.min() == 0 and drawn.max() == 300 - 9
+    assert np.histogram(drawn, 4)[0] == pytest.approx(len(drawn) / 4, rel=0.1)
+
+
+def test_position_among_random_windows_is_no_position_in_order():
+    """So that a run that is resumed with the other choice begins its epoch again."""
+    options = dict(epoch=1, batch_size=2, tokens_per_sample=5)
+    (dataset,) = random_windows(50, 1, **options)
+    in_order = SegmentDataset(FakeCorpus(50), "train", pad=PAD, **options)
+    for data in (dataset, in_order):
+        data.corpus.fingerprint = lambda: "the same"
+    assert dataset.segmentation() != in_order.segmentation()
+    assert dataset.segmentation()["seed"] == 1

@@ -51,8 +51,11 @@ def losses_and_gradients(decoder, segments):
     out = []
     for i, tokens in enumerate(segments):
         torch.manual_seed(7)
-        losses, _ = decoder(tokens, segment=f"train:1:{i}", targets=tokens)
-        out.append(losses.square().mean())
+        further = tokens.expand(decoder.num_targets - 1, *tokens.shape)
+        losses, extra = decoder(
+            tokens, segment=f"train:1:{i}", targets=tokens, further_targets=further
+        )
+        out.append(losses.square().mean() + sum(extra["auxiliary_losses"].values()))
         decoder.zero_grad()
         out[-1].backward()
         out += [parameter.grad.clone() for parameter in decoder.parameters()]
