@@ -208,9 +208,9 @@ def draw(content):
         xlabel="place of the token in its word",
         ylabel="bits per token",
         title="entropy by place",
-        ylim=(0, None),
     )
-    right.legend()
+    right.set_ylim(0, 1.3 * max(max(content[name]["bits_by_place"]) for name in LOSSLESS))
+    right.legend(loc="upper right")
     right.grid(alpha=0.3)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
