@@ -77,6 +77,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     max_segment = None
     #: Whether training needs a criterion that adds :meth:`auxiliary_losses`.
     has_auxiliary_losses = False
+    #: Dimensions of ``[T, B, H]`` along which the dropout of input and output shares one mask.
+    shared_dropout = ()
     #: How many tokens ahead each position predicts. Beyond one, batches hold ``further_targets``.
     num_targets = 1
 
@@ -281,7 +283,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             hidden.append(h)
         if self.final_norm is not None:
             h = self.final_norm(h)
-        features = dropout(h, self.dropout_output, context.training)
+        features = dropout(h, self.dropout_output, context.training, self.shared_dropout)
         return Pass(features, new_state, hidden, context)
 
     def embed(self, tokens, training):
@@ -292,7 +294,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             h = h * dropout(rows, self.dropout_embedding)[tokens]
         if self.embedding_scale != 1:
             h = h * self.embedding_scale
-        return dropout(h, self.dropout_input, training)
+        return dropout(h, self.dropout_input, training, self.shared_dropout)
 
     def compile_layers(self):
         """Have torch compile each layer at its first segment, for any length. Recurrences stay as
