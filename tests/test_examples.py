@@ -116,6 +116,13 @@ def published(name):
     if name == "sparse_transformer_enwik8":
         run = length(3.5e-4, 73_250, clip_norm=1.0)
         return {**ADAM, "weight_decay": 0.01}, schedule("cosine", 5000), run, 8, 12_288
+    if name == "awd_lstm_enwik8":
+        rates = [1e-3] * 25 + [1e-4] * 10 + [1e-5]  # the last for all further epochs
+        run = {"lr": rates, "clip_norm": 0.25, "max_epoch": 50}
+        return {"_name": "l2_adam", "weight_decay": 1.2e-6}, schedule("fixed", 0), run, 128, 200
+    if name == "awd_qrnn_wt103":
+        run = {"lr": [1e-3] * 12 + [1e-4], "clip_norm": 0.25, "max_epoch": 14}
+        return ADAM, schedule("fixed", 0), run, 60, 140
     large = name.endswith("large")
     if "lm1b" in name:
         annealing = schedule("cosine_annealing", 16_000, warmup_skips_zero=True)

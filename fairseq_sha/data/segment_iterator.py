@@ -25,6 +25,8 @@ class SegmentIterator(EpochBatchIterator):
             and compared with what was saved
         max_carried_bytes (float): checkpoints leave out carried state that is larger, over the
             streams of all workers
+        averaged (AveragedWeights): of :mod:`fairseq_sha.optim.averaged_weights`, saved and restored
+            with the position; None without averaging
         **kwargs: for ``EpochBatchIterator``
     """
 
@@ -35,6 +37,7 @@ class SegmentIterator(EpochBatchIterator):
         reference=None,
         codec=None,
         max_carried_bytes=math.inf,
+        averaged=None,
         **kwargs,
     ):
         super().__init__(
@@ -51,6 +54,7 @@ class SegmentIterator(EpochBatchIterator):
         #: What a restored checkpoint says of the run beside its position, until the task took it.
         self.restored = None
         self.max_carried_bytes = max_carried_bytes
+        self.averaged = averaged
 
     @property
     def training_workers(self):
@@ -80,6 +84,12 @@ class SegmentIterator(EpochBatchIterator):
             self.carried.gather()
 
     def state_dict(self):
+        """fairseq's hook, which comes before the weights are saved: from here to the next update
+        the model holds their average, if there is one."""
+        averaged = None
+        if self.averaged is not None:
+            self.averaged.use_average()
+            averaged = self.averaged.state_dict()
         saved = None
         if self.saves_carried_state():
             saved = self.carried.training_state()
@@ -103,6 +113,7 @@ class SegmentIterator(EpochBatchIterator):
             "carried": saved,
             "precision": None if self.reference is None else str(self.reference.dtype),
             "patience": compatibility.patience_count(),
+            **({"averaged": averaged} if averaged else {}),
         }
 
     def load_state_dict(self, state_dict):
@@ -127,6 +138,8 @@ class SegmentIterator(EpochBatchIterator):
             state_dict = {**state_dict, "iterations_in_epoch": 0, "carried": None}
         super().load_state_dict(state_dict)
         self.restored = {"patience": state_dict.get("patience")}
+        if self.averaged is not None and state_dict.get("averaged"):
+            self.averaged.load_state_dict(state_dict["averaged"])
         if self.carried is None:
             return
         carried = state_dict.get("carried")

@@ -80,6 +80,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     longest_window = 0
     #: Whether training needs a criterion that adds :meth:`auxiliary_losses`.
     has_auxiliary_losses = False
+    #: Dimensions of ``[T, B, H]`` along which the dropout of input and output shares one mask.
+    shared_dropout = ()
     #: How many tokens ahead each position predicts. Beyond one, batches hold ``further_targets``.
     num_targets = 1
 
@@ -316,7 +318,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         h = self.combine(hidden, context)
         if self.final_norm is not None:
             h = self.final_norm(h)
-        features = dropout(h, self.dropout_output, context.training)
+        features = dropout(h, self.dropout_output, context.training, self.shared_dropout)
         return Pass(features, new_state, hidden, context)
 
     def embed(self, tokens, training):
@@ -327,7 +329,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
             h = h * dropout(rows, self.dropout_embedding)[tokens]
         if self.embedding_scale != 1:
             h = h * self.embedding_scale
-        return dropout(h, self.dropout_input, training)
+        return dropout(h, self.dropout_input, training, self.shared_dropout)
 
     def compile_layers(self):
         """Have torch compile each layer at its first segment, for any length. Recurrences stay as

@@ -23,6 +23,7 @@ from fairseq_sha.models.published_weights import (
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import (
     LSTM,
+    QRNN,
     SRU,
     Boom,
     LayerNormLSTM,
@@ -38,6 +39,7 @@ CELLS = {
     "sru": SRU,
     "min_gru": MinGRU,
     "min_lstm": MinLSTM,
+    "qrnn": QRNN,
 }
 
 
@@ -50,8 +52,8 @@ class SHARNNConfig(AdaptiveConfig):
     cell: ChoiceEnum(list(CELLS)) = field(
         default="lstm",
         metadata={
-            "help": "recurrent cell: lstm, layer_norm_lstm (slow: a loop over time), sru, min_gru "
-            "or min_lstm (default: paper)"
+            "help": "recurrent cell: lstm, layer_norm_lstm (slow: a loop over time), sru, min_gru, "
+            "min_lstm or qrnn (default: paper)"
         },
     )
     attention_layers: List[int] = field(

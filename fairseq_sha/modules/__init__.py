@@ -1,5 +1,5 @@
 from fairseq_sha.modules.boom import Boom
-from fairseq_sha.modules.cells import LSTM, SRU, LayerNormLSTM, MinGRU, MinLSTM
+from fairseq_sha.modules.cells import LSTM, QRNN, SRU, LayerNormLSTM, MinGRU, MinLSTM
 from fairseq_sha.modules.feed_forward import FeedForward
 from fairseq_sha.modules.overparameterised_vector import OverparameterisedVector
 from fairseq_sha.modules.single_head_attention import SingleHeadAttention
@@ -12,6 +12,7 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "OverparameterisedVector",
+    "QRNN",
     "SRU",
     "SingleHeadAttention",
 ]

@@ -89,6 +89,56 @@ class SRU(nn.Module):
         return out, {"c": c.unsqueeze(0)}
 
 
+class QRNN(nn.Module):
+    """A quasi-recurrent layer with f- or fo-pooling (arXiv 1611.01576, section 2), whose gates see
+    the last ``window`` inputs and not the state::
+
+        z_t, f_t, o_t = W [x_t; x_(t-1)] + b      then tanh of z and sigmoid of f and o
+        c_t = f_t * z_t + (1 - f_t) * c_(t-1)
+        out_t = o_t * c_t
+
+    As in the published code of AWD-QRNN, and unlike in the paper, ``f`` is the gate of the new
+    value. The state holds ``c``, ``[1, B, hidden_width]``, in float32 or wider, and with a window
+    of 2 the last input ``x``, ``[1, B, width]``; both are zero at a start.
+
+    Args:
+        width (int): of the input
+        hidden_width (int): of the output and the state; default: ``width``
+        window (int): how many inputs each step sees, 1 or 2
+        output_gate (bool): whether there is ``o``; without it the output is ``c``
+        weight_dropout (float): dropout of ``W`` in training, with one mask for the whole segment
+            and all streams
+    """
+
+    recurrence = staticmethod(linear_recurrence)
+
+    def __init__(self, width, hidden_width=None, window=2, output_gate=True, weight_dropout=0.0):
+        super().__init__()
+        self.window = window
+        self.num_maps = 3 if output_gate else 2
+        self.weight_dropout = weight_dropout
+        self.input = nn.Linear(window * width, self.num_maps * (hidden_width or width))
+
+    def forward(self, x, state, training=False):
+        """``training`` says whether to drop weights."""
+        new_state, seen = {}, x
+        if self.window == 2:
+            before = state["x"] if state else torch.zeros_like(x[:1])
+            seen = torch.cat([x, torch.cat([before, x[:-1]])], -1)
+            new_state["x"] = x[-1:].clone()
+        weight = dropout(self.input.weight, self.weight_dropout, training)
+        projected = F.linear(seen, weight, self.input.bias)
+        # In half precision a gate near 0 would leave 1 - f at 1, and the state would never decay.
+        wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        z, f, *o = wide.chunk(self.num_maps, -1)
+        c0 = state["c"][0] if state else torch.zeros_like(z[0])
+        out, c = self.recurrence(torch.sigmoid(-f), torch.sigmoid(f) * torch.tanh(z), c0)
+        new_state["c"] = c.unsqueeze(0)
+        for gate in o:
+            out = torch.sigmoid(gate) * out
+        return out.to(projected.dtype), new_state
+
+
 class MinGRU(nn.Module):
     """The minimal GRU (arXiv 2410.01201, section 3.1), whose gate does not depend on the state::
 

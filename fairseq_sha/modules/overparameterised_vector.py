@@ -7,6 +7,10 @@ from torch import nn
 class OverparameterisedVector(nn.Module):
     """``f(sigmoid(s))`` with ``f(u) = sigmoid(F u + b_F) * tanh(C u + b_C)``, of width ``H``.
 
+    This is one step of a :class:`~fairseq_sha.modules.cells.QRNN` without output gate that reads
+    ``sigmoid(s)`` from a state of zeros, as section 6.4.1 of the paper has it: the same function
+    with the same parameters.
+
     The vector depends on no input, so it is a constant after training. With ``collapsed=True`` the
     module holds only this constant, as the parameter ``vector``; it is computed when weights that
     are not collapsed are loaded. ``linear`` holds C in its first H rows and F in the others.

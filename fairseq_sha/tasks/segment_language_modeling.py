@@ -40,6 +40,7 @@ from fairseq_sha.checkpoints import (
     checkpoint_to_start_from,
     replace_damaged_last_checkpoint,
 )
+from fairseq_sha.checks import require_at_least
 from fairseq_sha.criterions.cross_entropy_with_auxiliary_losses import (
     CrossEntropyWithAuxiliaryLosses,
 )
@@ -51,6 +52,7 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.evaluation.policies import Carried, Sliding
 from fairseq_sha.models.family import architecture_names
 from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.optim.averaged_weights import AveragedWeights, non_monotone, stalled
 from fairseq_sha.registrations import taken_names
 from fairseq_sha.tasks.generation import SamplingOrForced, continue_prompts
 
@@ -106,6 +108,32 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
             "(default: none; the Mogrifier LSTM's recipes have 0.01)"
         },
     )
+    scale_lr_by_length: bool = field(
+        default=False,
+        metadata={
+            "help": "multiply the learning rate of each update by the length of its segment over "
+            "tokens-per-sample, as in the published code of AWD-LSTM; for random segment lengths"
+        },
+    )
+    average_weights: ChoiceEnum(["never", "non_monotone", "stalled"]) = field(
+        default="never",
+        metadata={
+            "help": "from some validation on, validate and save the uniform average of the weights "
+            "after each update; non_monotone: when the loss is above the least of those more than "
+            "average-patience validations ago (NT-ASGD, with --optimizer sgd); stalled: when it "
+            "has not improved for average-patience validations (Mogrifier LSTM)"
+        },
+    )
+    average_patience: int = field(
+        default=5, metadata={"help": "in validations (default: as for AWD-LSTM)"}
+    )
+    average_latest: int = field(
+        default=0,
+        metadata={
+            "help": "with --average-weights stalled: start after so many validations at the "
+            "latest; 0 for no limit"
+        },
+    )
     checkpoint_activations: bool = field(
         default=False,
         metadata={
@@ -134,6 +162,7 @@ class SegmentLanguageModelingConfig(FairseqDataclass):
     log_file: Optional[str] = II("common.log_file")
     tpu: bool = II("common.tpu")
     fp16: bool = II("common.fp16")
+    bf16: bool = II("common.bf16")
     amp: bool = II("common.amp")
     disable_validation: bool = II("dataset.disable_validation")
     validate_after_updates: int = II("dataset.validate_after_updates")
@@ -179,6 +208,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         self.model = None
         self.is_training = False
         self.train_iterator = None
+        #: The average of the weights in training (``--average-weights``), or None.
+        self.averaged = None
+        self._awaits_cost = False  # of the first split of a validation
+        self._segment_lengths = []  # of the current attempt at an update
 
     @classmethod
     def add_args(cls, parser):
@@ -248,7 +281,30 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         elif self.is_training and self.cfg.compile:
             raise UserError(f"--compile: not supported for --arch {cfg._name}; leave it out")
+        if self.is_training and str(self.cfg.average_weights) != "never":
+            self.averaged = self._averaged_weights()
         return self.model
+
+    def _averaged_weights(self):
+        kind, patience = str(self.cfg.average_weights), self.cfg.average_patience
+        require_at_least(1, self.cfg, "average_patience")
+        require_at_least(0, self.cfg, "average_latest")
+        if self.cfg.fp16 or self.cfg.bf16:
+            raise UserError(
+                f"--average-weights {kind}: not with weights in half precision; train with --amp, "
+                "or in float32"
+            )
+        if self.cfg.disable_validation:
+            raise UserError(
+                f"--average-weights {kind}: starts after a validation; leave out "
+                "--disable-validation"
+            )
+        parameters = dict(self.model.named_parameters())
+        if kind == "stalled":
+            latest = self.cfg.average_latest
+            return AveragedWeights(parameters, lambda costs: stalled(costs, patience, latest))
+        # torch's ASGD, which the published code uses, leaves out the first update.
+        return AveragedWeights(parameters, lambda costs: non_monotone(costs, patience), skipped=1)
 
     def carries_state(self):
         """Whether the model carries state between segments; fairseq's own models do not."""
@@ -406,6 +462,9 @@ class SegmentLanguageModelingTask(FairseqTask):
 
     def train_step(self, sample, *args, **kwargs):
         """fairseq's hook, which also logs the numbers of bytes and words."""
+        if self.averaged is not None:
+            self.averaged.use_trained()
+        self._segment_lengths.append(sample["target"].size(1))
         loss, sample_size, logged = super().train_step(sample, *args, **kwargs)
         return loss, sample_size, {**logged, **_worth(sample)}
 
@@ -441,7 +500,14 @@ class SegmentLanguageModelingTask(FairseqTask):
             metrics.log_derived("wppl", _perplexity_per_word)
 
     def optimizer_step(self, optimizer, model, update_num):
-        """fairseq's hook. After the update, parameters are clamped to the model's bounds."""
+        """fairseq's hook. After the update, parameters are clamped to the model's bounds and
+        averaged."""
+        rate, lengths = optimizer.get_lr(), self._segment_lengths
+        if self.cfg.scale_lr_by_length:
+            length = sum(lengths) / len(lengths)
+            optimizer.set_lr(rate * length / self.cfg.tokens_per_sample)
+        self._segment_lengths = []
+        made = True
         bounded = []
         if isinstance(model.decoder, SegmentDecoder):
             bounded = model.decoder.bounded_parameters()
@@ -457,8 +523,13 @@ class SegmentLanguageModelingTask(FairseqTask):
         if isinstance(optimizer, AMPOptimizer):
             # fairseq lets torch's scaler unscale the gradients by one optimizer object and step by
             # another, for which the scaler would unscale them once more.
-            optimizer.scaler.step(optimizer.optimizer)
-            optimizer.scaler.update()
+            scaler, scale = optimizer.scaler, None
+            if self.averaged is not None:  # reading the scale makes the CPU wait for the GPU
+                scale = scaler.get_scale()
+            scaler.step(optimizer.optimizer)
+            scaler.update()
+            # The scaler lowers its scale where gradients overflow, and makes no update.
+            made = scale is None or scaler.get_scale() >= scale
         else:
             super().optimizer_step(optimizer, model, update_num)
         with torch.no_grad():
@@ -467,6 +538,10 @@ class SegmentLanguageModelingTask(FairseqTask):
                 # Otherwise the float32 copy would undo it at the next update.
                 if parameter in masters:
                     masters[parameter].clamp_(low, high)
+        if self.cfg.scale_lr_by_length:
+            optimizer.set_lr(rate)
+        if self.averaged is not None and made:
+            self.averaged.after_update()
         done, interval = update_num + 1, self.cfg.save_interval_updates
         validates = not self.cfg.disable_validation and done >= self.cfg.validate_after_updates
         if self.train_iterator is not None and not validates:
@@ -478,6 +553,18 @@ class SegmentLanguageModelingTask(FairseqTask):
         within an epoch. When the checkpoint is written, only the first worker is asked."""
         if self.train_iterator is not None:
             self.train_iterator.gather_carried_state()
+        if self.averaged is not None:
+            self.averaged.use_average()
+            self._awaits_cost = True
+
+    def post_validate(self, model, stats, agg):
+        """fairseq's hook after the validation on each split. The first of them decides when
+        averaging starts. Its cost is not rounded, as fairseq's statistics are."""
+        if self.averaged is None or not self._awaits_cost:
+            return
+        self._awaits_cost = False
+        if self.averaged.after_validation(float(agg["nats"].avg)):
+            logger.info("averaging the weights of all updates from here on")
 
     def load_dataset(self, split, combine=False, **kwargs):
         """fairseq's hook.
@@ -616,6 +703,7 @@ class SegmentLanguageModelingTask(FairseqTask):
             reference=next(self.model.parameters()) if training else None,
             codec=self.codec,
             max_carried_bytes=MAX_CARRIED_BYTES[str(self.cfg.save_carried_state)],
+            averaged=self.averaged if training else None,
             num_workers=num_workers,
             buffer_size=data_buffer_size,
         )

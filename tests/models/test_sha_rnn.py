@@ -81,7 +81,7 @@ def test_collapsing_changes_no_output():
     torch.testing.assert_close(collapsed(tokens)[0], full(tokens)[0])
 
 
-@pytest.mark.parametrize("cell", ["lstm", "layer_norm_lstm", "sru", "min_gru", "min_lstm"])
+@pytest.mark.parametrize("cell", ["lstm", "layer_norm_lstm", "sru", "min_gru", "min_lstm", "qrnn"])
 def test_one_token_at_a_time_equals_the_segment_pass(cell):
     model = randomise(decoder(attention_layers=[1, 2], window=20, cell=cell)).eval()
     check_one_token_at_a_time(model, 20)

@@ -5,7 +5,15 @@ from copy import deepcopy
 import pytest
 import torch
 
-from fairseq_sha.modules import LSTM, SRU, LayerNormLSTM, MinGRU, MinLSTM
+from fairseq_sha.modules import (
+    LSTM,
+    QRNN,
+    SRU,
+    LayerNormLSTM,
+    MinGRU,
+    MinLSTM,
+    OverparameterisedVector,
+)
 from fairseq_sha.ops import dropout
 from tests.conftest import golden_cases
 
@@ -17,6 +25,9 @@ CELLS = {
     "min_gru": MinGRU,
     "min_gru, expanded": lambda width: MinGRU(width, 1.5),
     "min_lstm": MinLSTM,
+    "qrnn": QRNN,
+    "qrnn, window 1": lambda width: QRNN(width, window=1),
+    "qrnn, no output gate": lambda width: QRNN(width, output_gate=False),
 }
 
 
@@ -178,6 +189,73 @@ def test_layer_norm_lstm_equals_its_equations():
     out, state = cell(x, {"h": h, "c": c})
     torch.testing.assert_close(out, new_h)
     torch.testing.assert_close(state, {"h": new_h, "c": new_c})
+
+
+QRNN_CASES = golden_cases("qrnn")
+
+
+@pytest.mark.parametrize("name", [name for name, case in QRNN_CASES.items() if "input" in case])
+def test_qrnn_equals_the_published_layer(name):
+    """Output, state and gradients, that of the input included, cut as the reference was."""
+    case = QRNN_CASES[name]
+    width, window = case["input"].size(-1), int(case["setting/window"])
+    output_gate = bool(case["setting/output_gate"])
+    cell = QRNN(width, case["output0"].size(-1), window, output_gate)
+    cell.load_state_dict({f"input.{kind}": case[f"param/linear.{kind}"] for kind in KINDS})
+    state = {}
+    for i, piece in enumerate(case["input"].split(case["segments"].tolist())):
+        piece = piece.clone().requires_grad_()
+        state = {key: value.detach() for key, value in state.items()}
+        out, state = cell(piece, state)
+        torch.testing.assert_close(out, case[f"output{i}"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(state["c"][0], case[f"state{i}"], atol=1e-4, rtol=0)
+    loss = out.pow(2).mean()
+    torch.testing.assert_close(loss, case["loss"], atol=1e-4, rtol=0)
+    loss.backward()
+    gradients = {f"linear.{kind}": getattr(cell.input, kind).grad for kind in KINDS}
+    for key, gradient in {**gradients, "input": piece.grad}.items():
+        expected = case[f"grad/{key}"]
+        assert (gradient - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-8, key
+
+
+KINDS = "weight", "bias"
+
+
+def test_overparameterised_vector_is_the_published_step_of_a_qrnn():
+    """A QRNN without output gate, from a state of zeros (SHA-RNN's paper, section 6.4.1)."""
+    case = QRNN_CASES["overparam"]
+    width = case["param/vs"].numel()
+    vector, cell = OverparameterisedVector(width), QRNN(width, window=1, output_gate=False)
+    weights = {kind: case[f"param/vq.linear.{kind}"] for kind in KINDS}
+    cell.load_state_dict({f"input.{kind}": value for kind, value in weights.items()})
+    linear = {f"linear.{kind}": value for kind, value in weights.items()}
+    vector.load_state_dict({"seed": case["param/vs"].flatten(), **linear})
+    seed = case["param/vs"].clone().requires_grad_()
+    step, _ = cell(torch.sigmoid(seed), {})
+    steps = {"param": [seed, cell.input.weight, cell.input.bias], "out": step}
+    ours = {"param": list(vector.parameters()), "out": vector()}
+    names = "vs", "vq.linear.weight", "vq.linear.bias"
+    for found in (steps, ours):
+        expected = case["output0"].reshape(found["out"].shape)
+        torch.testing.assert_close(found["out"], expected, atol=1e-5, rtol=0)
+        gradients = torch.autograd.grad(found["out"].pow(2).mean(), found["param"])
+        for name, gradient in zip(names, gradients):
+            expected = case[f"grad/{name}"].reshape(gradient.shape)
+            assert (gradient - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-8, name
+
+
+def test_dropped_weights_of_a_qrnn_have_one_mask_and_are_whole_in_evaluation():
+    cell, x = QRNN(8, weight_dropout=0.5), torch.randn(5, 3, 8)
+    torch.manual_seed(4)
+    out, _ = cell(x, {}, training=True)
+    plain = deepcopy(cell)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        plain.input.weight.copy_(dropout(cell.input.weight, 0.5))
+    torch.testing.assert_close(out, plain(x, {})[0])
+    whole = QRNN(8)
+    whole.load_state_dict(cell.state_dict())
+    assert torch.equal(cell(x, {})[0], whole(x, {})[0])
 
 
 @pytest.mark.parametrize("cell", [MinGRU, MinLSTM])

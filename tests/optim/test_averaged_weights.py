@@ -1,0 +1,197 @@
+"""Averages of weights against torch's ASGD and plain means, alone and in training."""
+
+import re
+from copy import deepcopy
+
+import pytest
+import torch
+
+from fairseq_sha.optim.averaged_weights import AveragedWeights, non_monotone, stalled
+from tests.commands import command, logged_losses
+from tests.options import SHA_RNN
+from tests.tiny_corpus import write_folder
+
+
+def non_monotone_by_hand(costs, patience):
+    """The published loop of AWD-LSTM: from its check in each epoch to the list it appends to."""
+    before, starts = [], False
+    for cost in costs:
+        starts = len(before) > patience and cost > min(before[:-patience])
+        before.append(cost)
+    return starts
+
+
+def stalled_by_hand(costs, patience, latest):
+    """The published loop of lamb: the turn of the best cost, counted on."""
+    best, best_turn, starts = float("inf"), 0, False
+    for turn, cost in enumerate(costs, 1):
+        if cost < best:
+            best, best_turn = cost, turn
+        starts = turn - best_turn >= patience or (latest > 0 and turn >= latest)
+    return starts
+
+
+def test_triggers_equal_the_published_loops():
+    seen = set()
+    for _ in range(400):
+        length, patience = int(torch.randint(1, 12, ())), int(torch.randint(1, 6, ()))
+        latest = int(torch.randint(0, 12, ()))
+        costs = torch.randint(20, (length,)).tolist()
+        starts = non_monotone(costs, patience)
+        assert starts == non_monotone_by_hand(costs, patience)
+        late = stalled(costs, patience, latest)
+        assert late == stalled_by_hand(costs, patience, latest)
+        seen |= {("non_monotone", starts), ("stalled", late)}
+    assert len(seen) == 4
+
+
+def make(skipped=0):
+    weights = {"a": torch.nn.Parameter(torch.randn(3)), "b": torch.nn.Parameter(torch.randn(2, 2))}
+    return AveragedWeights(weights, lambda costs: len(costs) == 2, skipped)
+
+
+def update(averaged):
+    with torch.no_grad():
+        for weight in averaged.parameters.values():
+            weight.add_(torch.randn_like(weight))
+    averaged.after_update()
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 9])
+def test_nt_asgd_averages_as_torch_s_asgd(updates):
+    averaged = make(skipped=1)
+    assert not averaged.after_validation(1.0)
+    assert averaged.after_validation(2.0) and averaged.updates == 0
+    theirs = [deepcopy(weight) for weight in averaged.parameters.values()]
+    asgd = torch.optim.ASGD(theirs, lr=0.3, t0=0, lambd=0.0, weight_decay=0.1)
+    sgd = torch.optim.SGD(averaged.parameters.values(), lr=0.3, weight_decay=0.1)
+    for _ in range(updates):
+        for weight, other in zip(averaged.parameters.values(), theirs):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.clone()
+        sgd.step()
+        asgd.step()
+        averaged.after_update()
+    averaged.use_average()
+    for weight, other in zip(averaged.parameters.values(), theirs):
+        torch.testing.assert_close(weight.detach(), asgd.state[other]["ax"])
+
+
+def test_model_holds_the_average_or_the_trained_weights():
+    averaged = make()
+    update(averaged)
+    averaged.use_average()  # there is none
+    averaged.use_trained()
+    for cost in (1.0, 2.0):
+        averaged.after_validation(cost)
+    seen = []
+    for _ in range(4):
+        update(averaged)
+        seen.append([weight.detach().clone() for weight in averaged.parameters.values()])
+        averaged.use_average()
+        averaged.use_average()
+        for i, weight in enumerate(averaged.parameters.values()):
+            expected = torch.stack([weights[i] for weights in seen]).mean(0)
+            torch.testing.assert_close(weight.detach(), expected)
+        averaged.use_trained()
+        averaged.use_trained()
+        assert all(map(torch.equal, averaged.parameters.values(), seen[-1]))
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+def test_goes_on_where_a_checkpoint_was_written(updates):
+    averaged = make()
+    for cost in (1.0, 2.0):
+        averaged.after_validation(cost)
+    for _ in range(updates):
+        update(averaged)
+    averaged.use_average()
+    resumed = AveragedWeights(deepcopy(averaged.parameters), averaged.starts)
+    resumed.load_state_dict(averaged.state_dict())
+    averaged.use_trained()
+    assert all(map(torch.equal, averaged.parameters.values(), resumed.parameters.values()))
+    for one in (averaged, resumed):
+        torch.manual_seed(5)
+        update(one)
+        one.use_average()
+    assert all(map(torch.equal, averaged.parameters.values(), resumed.parameters.values()))
+    assert averaged.costs == resumed.costs and averaged.updates == resumed.updates == updates + 1
+
+
+# In training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), train=9000)
+
+
+def model_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def validations(output):
+    found = re.findall(r"valid on 'valid' subset \| (loss \S+).*?num_updates (\d+)", output)
+    return {updates: loss for loss, updates in found}
+
+
+def test_checkpoints_hold_the_mean_of_the_weights_and_resume(data, tmp_path):
+    """Averaging changes no update. The run resumed from a checkpoint repeats the whole one."""
+    options = f"{SHA_RNN} --max-update 18 --no-epoch-checkpoints --save-dir"
+    average = "--average-weights stalled --average-patience 99 --average-latest 2"
+    average = f"{options} {tmp_path}/whole {average} --save-interval-updates 6"
+    whole = command("fairseq-train", data, average)
+    assert whole.returncode == 0, whole.stdout
+    assert whole.stdout.count("averaging the weights of all updates from here on") == 1
+    plain = command("fairseq-train", data, f"{options} {tmp_path}/plain --save-interval-updates 1")
+    assert plain.returncode == 0, plain.stdout
+    losses = logged_losses(whole.stdout)
+    assert len(losses) == 18 and losses == logged_losses(plain.stdout)
+
+    def each(updates):
+        paths = [next((tmp_path / "plain").glob(f"checkpoint_*_{n}.pt")) for n in updates]
+        return [model_of(path) for path in paths]
+
+    (trained,) = each([12])  # averaging starts after the second validation
+    saved = model_of(next((tmp_path / "whole").glob("checkpoint_*_12.pt")))
+    assert all(torch.equal(saved[name], trained[name]) for name in trained)
+    trained = each(range(13, 19))
+    saved = model_of(tmp_path / "whole" / "checkpoint_last.pt")
+    assert len(saved) > 5
+    for name, weight in saved.items():
+        expected = torch.stack([weights[name] for weights in trained]).mean(0)
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+    assert validations(whole.stdout)["12"] == validations(plain.stdout)["12"]
+    assert validations(whole.stdout)["18"] != validations(plain.stdout)["18"]
+
+    for updates, left in ((6, 12), (12, 6), (18, 3)):
+        (path,) = (tmp_path / "whole").glob(f"checkpoint_*_{updates}.pt")
+        save = tmp_path / f"resumed{updates}"
+        resumed_options = average.replace(f"{tmp_path}/whole", str(save))
+        if updates == 18:  # from the average back to the trained weights
+            resumed_options = resumed_options.replace("--max-update 18", "--max-update 21")
+            longer = average.replace(f"{tmp_path}/whole", f"{tmp_path}/longer")
+            longer = longer.replace("--max-update 18", "--max-update 21")
+            done = command("fairseq-train", data, longer)
+            losses, last = logged_losses(done.stdout), tmp_path / "longer" / "checkpoint_last.pt"
+        else:
+            last = tmp_path / "whole" / "checkpoint_last.pt"
+        resumed = command("fairseq-train", data, f"{resumed_options} --restore-file {path}")
+        again = logged_losses(resumed.stdout)
+        assert len(again) == left, resumed.stdout
+        assert again == {update: losses[update] for update in again}
+        ours, expected = model_of(save / "checkpoint_last.pt"), model_of(last)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ("--disable-validation", "--average-weights non_monotone: starts after a validation"),
+        ("--average-patience 0", "--average-patience 0: must be at least 1"),
+    ],
+)
+def test_runs_that_could_not_average_are_refused(data, tmp_path, extra, message):
+    options = f"{SHA_RNN} --average-weights non_monotone {extra} --save-dir {tmp_path}"
+    done = command("fairseq-train", data, options)
+    assert done.returncode == 1 and message in done.stdout.strip().splitlines()[-1]
