@@ -69,6 +69,13 @@ class TransformerXLConfig(AdaptiveConfig):
             "in its segment (default: published script, training)"
         },
     )
+    untie_r: bool = field(
+        default=False,
+        metadata={
+            "help": "let each layer have its own biases u and v of attention, as the published "
+            "TensorFlow weights do (default: shared by all layers, as in the paper)"
+        },
+    )
     dropout: float = field(
         default=0.1,
         metadata={
@@ -88,7 +95,8 @@ class TransformerXLContext(Context):
 
     #: Embeddings ``R`` of the distances ``K - 1`` down to -1, ``[K + 1, H]``.
     positions: torch.Tensor = None
-    #: The biases ``u`` on content and ``v`` on positions, ``[heads, d]``.
+    #: The biases ``u`` on content and ``v`` on positions, ``[heads, d]``; None if layers have their
+    #: own.
     u: torch.Tensor = None
     v: torch.Tensor = None
 
@@ -108,6 +116,8 @@ class RelativeAttention(nn.Module):
         self.query_key_value = nn.Linear(cfg.width, 3 * inner, bias=False)
         self.position = nn.Linear(cfg.width, inner, bias=False)
         self.output = nn.Linear(inner, cfg.width, bias=False)
+        if cfg.untie_r:
+            self.content_bias, self.position_bias = new_biases(cfg)
 
     def forward(self, h, memory, context):
         """
@@ -119,18 +129,21 @@ class RelativeAttention(nn.Module):
         Returns:
             Tensor ``[T, B, H]``
         """
+        u, v = context.u, context.v
+        if u is None:
+            u, v = self.content_bias, self.position_bias
         query, key, value = self.query_key_value.weight.chunk(3)
         q = self.heads(F.linear(h, query))
         # Projected apart from the segment, the memory costs no gradient.
-        k, v = (
+        keys, values = (
             self.heads(torch.cat([F.linear(memory, weight), F.linear(h, weight)])).flatten(1, 2)
             for weight in (key, value)
         )
         r = self.heads(self.position(context.positions))
-        position_queries = (q + context.v).flatten(1, 2) / q.size(-1) ** 0.5
+        position_queries = (q + v).flatten(1, 2) / q.size(-1) ** 0.5
         bias = causal_relative_bias(position_queries, r, self.same_length)
         p = self.p if context.training else 0.0
-        mix = attend((q + context.u).flatten(1, 2), k, v, bias, p)
+        mix = attend((q + u).flatten(1, 2), keys, values, bias, p)
         return self.output(mix.unflatten(1, (-1, self.n_head)).flatten(2))
 
     def heads(self, x):
@@ -164,7 +177,8 @@ class TransformerXLLayer(nn.Module):
 
 
 class TransformerXLDecoder(SegmentDecoder):
-    """Scaled embedding, layers that share the biases of their attention, tied output."""
+    """Scaled embedding, layers that share the biases of their attention (unless ``untie_r``), tied
+    output."""
 
     def __init__(self, cfg, dictionary):
         check(cfg)
@@ -180,10 +194,7 @@ class TransformerXLDecoder(SegmentDecoder):
         )
         self.p = cfg.dropout
         self.clamp_len = cfg.clamp_len
-        self.content_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))  # u
-        self.position_bias = nn.Parameter(torch.empty(cfg.n_head, head_width(cfg)))  # v
-        for parameter in (self.content_bias, self.position_bias):
-            nn.init.normal_(parameter, std=STD)
+        self.content_bias, self.position_bias = (None, None) if cfg.untie_r else new_biases(cfg)
         for name, parameter in self.vocabulary_parameters():
             if "bias" in name:
                 nn.init.zeros_(parameter)
@@ -218,6 +229,11 @@ class TransformerXLDecoder(SegmentDecoder):
         return torch.cat([angles.sin(), angles.cos()], -1)
 
 
+def new_biases(cfg):
+    """``u`` and ``v``, ``[heads, d]``."""
+    return [nn.Parameter(STD * torch.randn(cfg.n_head, head_width(cfg))) for _ in range(2)]
+
+
 def head_width(cfg):
     """``d``, the width of a head."""
     return cfg.d_head or cfg.width // cfg.n_head
@@ -244,9 +260,14 @@ ADAPTIVE_NAMES = "word_emb.emb_layers", "word_emb.emb_projs", "crit.out_layers",
 
 
 def _prepare(weights, settings):
-    """Bring an adaptive softmax into our layout: one table a band even if all are equally wide, and
-    the clusters in the order of the bands; the published code has them reversed."""
+    """Bring weights into our layout: biases that each layer has for itself by layer; an adaptive
+    softmax with one table a band even if all are equally wide, and the clusters in the order of the
+    bands, which the published code has reversed."""
     prepared = dict(weights)
+    for name in ("r_w_bias", "r_r_bias"):
+        if name in weights and weights[name].dim() == 3:
+            for i, bias in enumerate(prepared.pop(name)):
+                prepared[f"layers.{i}.{name}"] = bias
     if "crit.cluster_weight" not in weights:
         return prepared
     bands = shape_of(weights, "crit.cluster_weight", 2)[0] + 1
@@ -278,18 +299,15 @@ def _prepare(weights, settings):
 
 
 def _sizes(weights):
-    if "r_w_bias" in weights and weights["r_w_bias"].dim() == 3:
-        raise UserError(
-            "'r_w_bias' has biases for each layer (untie_r), but the layers of this model share "
-            "them; only weights trained without untie_r can be imported"
-        )
-    n_head, d_head = shape_of(weights, "r_w_bias", 2)
+    untied = "layers.0.r_w_bias" in weights
+    n_head, d_head = shape_of(weights, "layers.0.r_w_bias" if untied else "r_w_bias", 2)
     width = shape_of(weights, "layers.0.dec_attn.o_net.weight", 2)[0]
     return {
         "width": width,
         "num_layers": num_layers(weights, "layers"),
         "n_head": n_head,
         "d_head": d_head,
+        "untie_r": untied,
         "d_inner": shape_of(weights, "layers.0.pos_ff.CoreNet.0.weight", 2)[0],
         **adaptive_sizes(weights, width, "tails", ADAPTIVE_NAMES),
     }
@@ -318,13 +336,15 @@ PUBLISHED = PublishedWeights(
         "dec_attn.r_net": "attention.position",
         "dec_attn.o_net": "attention.output",
         "dec_attn.layer_norm": "norm_attention",
+        "r_w_bias": "attention.content_bias",
+        "r_r_bias": "attention.position_bias",
         "pos_ff.CoreNet.0": "feed_forward.linear1",
         "pos_ff.CoreNet.3": "feed_forward.linear2",
         "pos_ff.layer_norm": "norm_feed_forward",
     },
     vocabulary=("embedding.weight", "head.bias"),
     settings={
-        **same_settings("n_head", "mem_len", "same_length", "d_head"),
+        **same_settings("n_head", "mem_len", "same_length", "d_head", "untie_r"),
         "clamp_len": Setting("clamp_len", lambda value, sizes: 0 if value == -1 else value),
         **ADAPTIVE_SETTINGS,
     },
@@ -383,7 +403,7 @@ TINY = Tiny(
     training="--optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 0.25",
     variants={
         "": {"mem_len": 9},
-        "same_length": {"mem_len": 9, "same_length": True, "d_head": 6},
+        "same_length": {"mem_len": 9, "same_length": True, "d_head": 6, "untie_r": True},
         "adaptive": {
             "mem_len": 9,
             "cutoffs": [7, 15],

@@ -189,7 +189,8 @@ def test_evaluation_remembers_what_heads_reach_only():
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
     seen = []
 
-    def record(x, p, training=True):
+    def record(x, p, training=True, shared=()):
+        assert not shared
         if training and p > 0:
             seen.append((tuple(x.shape), p))
         return x

@@ -97,7 +97,9 @@ def test_dropped_weights_take_another_path_to_the_same(monkeypatch):
     """With dropout that drops nothing."""
     monkeypatch.setattr("fairseq_sha.ops.attention.dropout", lambda x, p: x)
     monkeypatch.setattr("fairseq_sha.models.rotary_transformer.dropout", lambda x, p, training: x)
-    monkeypatch.setattr("fairseq_sha.models.segment_decoder.dropout", lambda x, p, training: x)
+    monkeypatch.setattr(
+        "fairseq_sha.models.segment_decoder.dropout", lambda x, p, training, shared: x
+    )
     model = randomise(decoder(dropout=0.5))
     tokens = torch.randint(VOCABULARY, (1, 9))
     check_equals(model, by_hand(model, tokens[0], 9)[None], model(tokens)[0])

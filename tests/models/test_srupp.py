@@ -85,7 +85,8 @@ def test_memory_is_the_segment_before_in_training_and_bounded_in_evaluation():
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
     seen = []
 
-    def record(x, p, training=True):
+    def record(x, p, training=True, shared=()):
+        assert not shared
         if training and p > 0:
             seen.append((tuple(x.shape), p))
         return x

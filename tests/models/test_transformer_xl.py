@@ -64,9 +64,10 @@ def test_parameter_counts_of_the_paper(name, millions):
 def by_hand(model, tokens):
     """The paper's equations for a whole text without memory, one query and key at a time."""
     h = model.embedding(tokens) * model.embedding.embedding_dim**0.5
-    u, w = model.content_bias, model.position_bias
     for layer in model.layers:
         attention = layer.attention
+        own = model if model.content_bias is not None else attention
+        u, w = own.content_bias, own.position_bias
         wq, wk, wv = attention.query_key_value.weight.chunk(3)
         mixed = torch.zeros_like(h)
         for i in range(len(h)):
@@ -92,12 +93,26 @@ def by_hand(model, tokens):
     return model.head.logits(h)
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(clamp_len=3), dict(same_length=True, mem_len=5)])
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(clamp_len=3), dict(same_length=True, mem_len=5), dict(untie_r=True)]
+)
 @torch.no_grad()
 def test_equals_the_equations(fields):
     model = randomise(decoder(**fields)).eval()
     tokens = torch.randint(29, (12,))
     torch.testing.assert_close(model(tokens[None])[0][0], by_hand(model, tokens))
+
+
+def test_untied_biases_add_a_pair_for_each_layer():
+    """The published counts of Transformer-XL's TensorFlow weights include them."""
+    cfg = FAMILY.architectures["transformer_xl_wt103_large"]
+    with torch.device("meta"):
+        tied, untied = (
+            TransformerXLDecoder(OmegaConf.structured(cfg(untie_r=untie)), dictionary_of(267_735))
+            for untie in (False, True)
+        )
+    more = sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
+    assert more == 17 * 2 * 16 * 64 == 34_816
 
 
 def test_one_token_at_a_time_equals_the_segment_pass():
@@ -135,7 +150,8 @@ def test_dropout_acts_in_training_only():
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
     seen = []
 
-    def record(x, p, training=True):
+    def record(x, p, training=True, shared=()):
+        assert not shared
         if training and p > 0:
             seen.append((tuple(x.shape), p))
         return x
