@@ -13,8 +13,13 @@ import time
 import torch
 from timing import arguments, compare, describe_machine, finish_work
 
+from fairseq_sha.modules import LSTM, LayerNormLSTM
 from fairseq_sha.ops import linear_recurrence, sru
-from fairseq_sha.ops.oracles import linear_recurrence_reference, sru_reference
+from fairseq_sha.ops.oracles import (
+    layer_norm_lstm_reference,
+    linear_recurrence_reference,
+    sru_reference,
+)
 
 
 def indexed_linear_recurrence(a, b, h):
@@ -58,6 +63,19 @@ def step(form, inputs):
     return run
 
 
+def report_lstms(shape, device, repeats):
+    """The layer-normalised LSTM beside torch's, each with its products of inputs."""
+    x = torch.randn(shape, device=device, requires_grad=True)
+    cells = {"LSTM": LSTM(shape[-1]), "ours": LayerNormLSTM(shape[-1])}
+    cells["definition"] = LayerNormLSTM(shape[-1])
+    cells["definition"].recurrence = layer_norm_lstm_reference
+    cases = {}
+    for name, cell in cells.items():
+        cell.to(device)
+        cases[name] = step(lambda x, *_, cell=cell: cell(x, {}), [x, *cell.parameters()])
+    compare(cases, repeats, baseline="LSTM")
+
+
 def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("--length", type=int, default=512, help="tokens of a segment")
@@ -88,6 +106,8 @@ def main(argv=None):
         tensors,
         args.repeats,
     )
+    print("\nlayer-normalised LSTM\n")
+    report_lstms(shape, args.device, args.repeats)
 
 
 if __name__ == "__main__":
