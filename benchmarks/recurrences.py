@@ -16,8 +16,10 @@ import time
 import torch
 from timing import arguments, compare, describe_machine, finish_work
 
+from fairseq_sha.modules import LSTM, LayerNormLSTM
 from fairseq_sha.ops import linear_recurrence, lstm, mogrifier_lstm, recurrent_highway, sru
 from fairseq_sha.ops.oracles import (
+    layer_norm_lstm_reference,
     linear_recurrence_reference,
     mogrifier_lstm_reference,
     recurrent_highway_reference,
@@ -105,6 +107,19 @@ def report_loops(shape, depth, device, repeats):
     compare(cases, repeats, baseline="LSTM")
 
 
+def report_lstms(shape, device, repeats):
+    """The layer-normalised LSTM beside torch's, each with its products of inputs."""
+    x = torch.randn(shape, device=device, requires_grad=True)
+    cells = {"LSTM": LSTM(shape[-1]), "ours": LayerNormLSTM(shape[-1])}
+    cells["definition"] = LayerNormLSTM(shape[-1])
+    cells["definition"].recurrence = layer_norm_lstm_reference
+    cases = {}
+    for name, cell in cells.items():
+        cell.to(device)
+        cases[name] = step(lambda x, *_, cell=cell: cell(x, {}), [x, *cell.parameters()])
+    compare(cases, repeats, baseline="LSTM")
+
+
 def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("--length", type=int, default=512, help="tokens of a segment")
@@ -138,6 +153,8 @@ def main(argv=None):
     )
     print("\nloops over time with matrix products\n")
     report_loops(shape, args.depth, args.device, args.repeats)
+    print("\nlayer-normalised LSTM\n")
+    report_lstms(shape, args.device, args.repeats)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class SHARNNConfig(AdaptiveConfig):
     cell: ChoiceEnum(list(CELLS)) = field(
         default="lstm",
         metadata={
-            "help": "recurrent cell: lstm, layer_norm_lstm (slow: a loop over time), sru, min_gru, "
+            "help": "recurrent cell: lstm, layer_norm_lstm, sru, min_gru, "
             "min_lstm or qrnn (default: paper)"
         },
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairseq_sha.ops import dropout, linear_recurrence, lstm, sru
+from fairseq_sha.ops import dropout, layer_norm_lstm, linear_recurrence, lstm, sru
 
 
 class LSTM(nn.LSTM):
@@ -40,10 +40,10 @@ class LSTM(nn.LSTM):
 
 class LayerNormLSTM(nn.Module):
     """An LSTM with layer normalisation of both contributions to the gates and of the cell
-    (arXiv 1607.06450, equations 20 to 22); the state holds ``h`` and ``c``, ``[1, B, H]``.
+    (arXiv 1607.06450, equations 20 to 22); the state holds ``h`` and ``c``, ``[1, B, H]``, in
+    float32 or wider. torch has no kernel for it."""
 
-    torch has no kernel for it. It is a loop over time and slow.
-    """
+    recurrence = staticmethod(layer_norm_lstm)
 
     def __init__(self, width):
         super().__init__()
@@ -56,18 +56,11 @@ class LayerNormLSTM(nn.Module):
 
     def forward(self, x, state):
         from_input = self.norm_input(self.input(x))
-        h = state["h"][0] if state else torch.zeros_like(x[0])
-        c = state["c"][0] if state else torch.zeros_like(x[0])
-        return self.recurrence(from_input, h, c)
-
-    def recurrence(self, from_input, h, c):
-        outputs = []
-        for from_input_t in from_input.unbind():
-            i, f, g, o = (from_input_t + self.norm_hidden(self.hidden(h))).chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(self.norm_cell(c))
-            outputs.append(h)
-        return torch.stack(outputs), {"h": h.unsqueeze(0), "c": c.unsqueeze(0)}
+        zeros = torch.zeros_like(x[0])
+        h, c = (state["h"][0], state["c"][0]) if state else (zeros, zeros)
+        norms = [(norm.weight, norm.bias) for norm in (self.norm_hidden, self.norm_cell)]
+        out, h, c = self.recurrence(from_input, h, c, self.hidden.weight, *norms)
+        return out, {"h": h.unsqueeze(0), "c": c.unsqueeze(0)}
 
 
 class SRU(nn.Module):

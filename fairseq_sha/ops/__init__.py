@@ -3,6 +3,7 @@
 
 from fairseq_sha.ops.attention import attend, causal_bias, causal_relative_bias, skew
 from fairseq_sha.ops.dropout import dropout
+from fairseq_sha.ops.layer_norm_lstm import layer_norm_lstm
 from fairseq_sha.ops.linear_recurrence import linear_recurrence
 from fairseq_sha.ops.lstm import lstm
 from fairseq_sha.ops.masked_softmax import masked_softmax
@@ -28,6 +29,7 @@ __all__ = [
     "causal_relative_bias",
     "dropout",
     "last_rows",
+    "layer_norm_lstm",
     "linear_recurrence",
     "lstm",
     "masked_softmax",

@@ -161,3 +161,19 @@ def clipped_adagrad_reference(w, g, total, lr, eps, clip):
     norm = g.norm()
     scale = clip / norm if 0 < clip < norm else 1.0
     return w - lr * scale * g / (total.sqrt() + eps), total
+
+
+def layer_norm_lstm_reference(from_input, h0, c0, weight, norm_hidden, norm_cell, eps=1e-5):
+    """:func:`fairseq_sha.ops.layer_norm_lstm`, one step after the other."""
+
+    def norm(x, gain, bias):
+        centred = x - x.mean(-1, keepdim=True)
+        return gain * centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() + bias
+
+    h, c, outputs = h0, c0, []
+    for from_input_t in from_input:
+        i, f, g, o = (from_input_t + norm(h @ weight.t(), *norm_hidden)).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * norm(c, *norm_cell).tanh()
+        outputs.append(h)
+    return torch.stack(outputs), h, c
