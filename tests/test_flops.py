@@ -194,7 +194,10 @@ def test_every_family_is_counted(data, tmp_path, name):
     criterion = {"criterion": {"_name": "cross_entropy_with_auxiliary_losses"}}
     tiny = {"_name": name, **family.FAMILIES[name].tiny.model}
     figures = counted(data, tmp_path, tiny, changes=criterion)
-    assert 2 < figures["training_flops_per_token"] / figures["evaluation_flops_per_token"] < 5
+    ratio = figures["training_flops_per_token"] / figures["evaluation_flops_per_token"]
+    # Where windows overlap, evaluation reads tokens again.
+    least = 0.5 if "eval_stride" in tiny else 2
+    assert least < ratio < 5
 
 
 def test_counting_leaves_nothing_behind():
