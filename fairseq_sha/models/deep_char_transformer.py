@@ -245,7 +245,7 @@ TINY = Tiny(
         "eval_stride": 20,
         "dropout": 0.1,
     },
-    training="--optimizer adam --lr 0.03 --lr-scheduler cosine --clip-norm 1.0 --random-windows "
+    training="--optimizer adam --lr 0.01 --lr-scheduler cosine --clip-norm 1.0 --random-windows "
     "--criterion cross_entropy_with_auxiliary_losses",
     variants={
         "": {"window": 20, "eval_stride": 5},

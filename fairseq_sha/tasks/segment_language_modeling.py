@@ -502,9 +502,9 @@ class SegmentLanguageModelingTask(FairseqTask):
     def optimizer_step(self, optimizer, model, update_num):
         """fairseq's hook. After the update, parameters are clamped to the model's bounds and
         averaged."""
-        rate, lengths = optimizer.get_lr(), self._segment_lengths
+        lengths = self._segment_lengths
         if self.cfg.scale_lr_by_length:
-            length = sum(lengths) / len(lengths)
+            rate, length = optimizer.get_lr(), sum(lengths) / len(lengths)
             optimizer.set_lr(rate * length / self.cfg.tokens_per_sample)
         self._segment_lengths = []
         made = True
