@@ -248,8 +248,8 @@ def test_prompts_are_read_in_segments_with_the_result_of_steps(model, monkeypatc
         return model.generate(prompts, max_len_b=130, **options), calls
 
     fast, calls = generate()
-    # Segments of 40, and then the steps that are left of each. Where a window begins, what it shares
-    # with the last one is read again with the next token.
+    # Segments of 40, and then the steps that are left of each. Where a window begins, what it
+    # shares with the last one is read again with the next token.
     longest = 40
     if hasattr(model.decoder, "eval_stride"):
         longest = max(40, model.decoder.window - model.decoder.eval_stride + 1)
