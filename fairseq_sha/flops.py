@@ -33,8 +33,9 @@ from fairseq_sha.models.segment_decoder import SegmentDecoder
 from fairseq_sha.ops import attention
 from fairseq_sha.trained_model import TASKS
 
-#: Streams that are read to count. They cost the same each, so that more would give the same.
-STREAMS = 2
+#: Streams in evaluation, unless its settings have a ``batch_size``: those of ``fairseq-sha
+#: compare``.
+EVALUATION_STREAMS = 8
 
 
 class Flops(NamedTuple):
@@ -54,7 +55,7 @@ def count(config, evaluation=None):
     Args:
         config (dict): sections for ``fairseq-hydra-train``; its data folder must exist
         evaluation (dict): settings that differ in evaluation, as ``fairseq-sha compare`` has them:
-            ``tokens_per_sample``, ``context_window``, ``model_overrides``
+            ``tokens_per_sample``, ``batch_size``, ``context_window``, ``model_overrides``
 
     Returns:
         Flops
@@ -70,7 +71,7 @@ def count(config, evaluation=None):
         task = tasks.setup_task(cfg.task)
         model = task.build_model(cfg.model, from_checkpoint=True)
         criterion = task.build_criterion(cfg.criterion)
-        training = _training(task, model, criterion, min(STREAMS, cfg.dataset.batch_size or 1))
+        training = _training(task, model, criterion, cfg.dataset.batch_size or 1)
         parameters = parameters_by_part(model)
         overrides = evaluation.get("model_overrides") or {}
         if any(name.endswith("value_gate.linear.weight") for name in model.state_dict()):
@@ -80,7 +81,8 @@ def count(config, evaluation=None):
             _check_model(cfg.model)
             model = task.build_model(cfg.model, from_checkpoint=True)
         length = evaluation.get("tokens_per_sample", task.cfg.tokens_per_sample)
-        evaluation = _evaluation(task, model, length, evaluation.get("context_window", 0))
+        streams = evaluation.get("batch_size", EVALUATION_STREAMS)
+        evaluation = _evaluation(task, model, streams, length, evaluation.get("context_window", 0))
     except OmegaConfBaseException as error:
         raise UserError(f"not a config for training: {' '.join(str(error).split())}; correct it")
     return Flops(parameters, training, evaluation)
@@ -118,27 +120,40 @@ def parameters_by_part(model):
 def _training(task, model, criterion, streams):
     model.train()
     criterion.train()
-    batch = _batch(task, streams, task.cfg.tokens_per_sample, _carries_state(model))
+    length = task.cfg.tokens_per_sample
 
-    def read():
+    def read(batch):
         loss, _, _ = criterion(model, batch)
         if torch.is_grad_enabled():
             loss.backward()
 
-    return _count(model, batch, read) / batch["ntokens"]
+    def count_streams(number):
+        return _count(model, _batch(task, number, length, _carries_state(model)), read)
+
+    return _of_streams(count_streams, streams) / (streams * length)
 
 
-def _evaluation(task, model, length, context):
+def _evaluation(task, model, streams, length, context):
     model.eval()
     task.evaluation_policy(1, length - context, context)  # raises an error if it cannot be so
-    batch = _batch(task, STREAMS, length, _carries_state(model) and context == 0)
 
     @torch.no_grad()
-    def read():
+    def read(batch):
         token_losses(model, batch)
 
+    def count_streams(number):
+        carries_state = _carries_state(model) and context == 0
+        return _count(model, _batch(task, number, length, carries_state), read)
+
     # A window that is not the first of a text scores what comes after its context.
-    return _count(model, batch, read) / (STREAMS * (length - context))
+    return _of_streams(count_streams, streams) / (streams * (length - context))
+
+
+def _of_streams(count_streams, streams):
+    """The operations of so many streams, from those of one and of two: each costs the same, beside
+    what a model computes once for all of them."""
+    one = count_streams(1)
+    return one if streams == 1 else one + (streams - 1) * (count_streams(2) - one)
 
 
 def _carries_state(model):
@@ -182,14 +197,14 @@ def _count(model, batch, read):
         for index in itertools.count():
             batch["net_input"]["segment"] = f"train:1:{index}"
             with torch.no_grad():
-                read()
+                read(batch)
             following = f"train:1:{index + 1}"
             state = model.decoder.carried.before(following, model.training)
             before, shapes = shapes, [t.shape for layer in state for t in layer.values()]
             if shapes == before:
                 break
         batch["net_input"]["segment"] = following
-    return operations(read)
+    return operations(lambda: read(batch))
 
 
 def operations(function):

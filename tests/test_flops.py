@@ -144,14 +144,33 @@ def test_sha_rnn(data, tmp_path, capsys):
     # Scores and mix of the window, and their gradients: two products for each row of the segment,
     # but one each for memory.
     in_training += 2 * 2 * width * (window + window + 20)
-    in_training += 6 * 2 * width**2 / (2 * 20)  # the vector, once an update, over two streams
-    in_training -= 2 * width * 2 * width / (2 * 20)  # whose seed is an input
+    in_training += 6 * 2 * width**2 / (4 * 20)  # the vector, once an update, over four streams
+    in_training -= 2 * width * 2 * width / (4 * 20)  # whose seed is an input
     assert figures["training_flops_per_token"] == pytest.approx(in_training, rel=0.01)
     boomed = 2 * (matrices + 2 * width * window)
     assert figures["evaluation_flops_per_token"] == boomed
     assert figures["tokens_per_update"] == 80
     output = capsys.readouterr().out
     assert f"{figures['parameters']:,}" in output and "FLOPs per token, evaluation" in output
+
+
+def test_positions_of_transformer_xl_are_projected_once_for_all_streams(data, tmp_path):
+    """Of each of the segment's and the memory's tokens, and of one more; in each layer."""
+    model = {"_name": "transformer_xl", "width": 16, "num_layers": 2, "n_head": 2, "d_inner": 24}
+    model = {**model, "mem_len": 20, "dropout": 0.0}
+    costs = {}
+    for streams in (1, 2, 5):
+        changes = {"dataset": {"batch_size": streams}}
+        folder = tmp_path / str(streams)
+        folder.mkdir()
+        evaluation = {"tokens_per_sample": 20, "batch_size": streams}
+        costs[streams] = counted(data, folder, model, evaluation, changes)
+    once = 2 * 2 * (20 + 20 + 1) * 16**2
+    for key, passes in (("training", 2), ("evaluation", 1)):  # positions need no gradient
+        per_token = {n: found[f"{key}_flops_per_token"] for n, found in costs.items()}
+        for streams in (2, 5):
+            less = per_token[1] - per_token[streams]
+            assert less == pytest.approx(passes * once * (1 - 1 / streams) / 20)
 
 
 MATRICES = 2 * (4 * 16**2 + 3 * 16 * 24) + VOCABULARY * 16
