@@ -6,14 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_DATACLASS_REGISTRY
 from fairseq.optim.lr_scheduler.fixed_schedule import FixedLRSchedule
-from fairseq.optim.nag import NAG
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 
@@ -109,7 +107,7 @@ def published(name):
     if name.startswith("rhn"):
         run = {"lr": [0.2 * 50], "clip_norm": 10 / 50, "max_epoch": 500}
         annealing = schedule("fixed", 0, force_anneal=6, lr_shrink=pytest.approx(1 / 1.03))
-        return {"_name": "nag", "momentum": 0.0}, annealing, run, 128, 50
+        return {**SGD, "momentum": 0.0}, annealing, run, 128, 50
     if name in ("t12_enwik8", "t64_enwik8"):
         run = length(0.003, 4_000_000, clip_norm=0.0)
         return SGD, schedule("fixed", 0), run, 16, 512
@@ -182,22 +180,14 @@ def test_rhn_has_the_published_learning_rate_in_each_epoch():
         assert scheduler.get_next_lr(i + 1) == pytest.approx(rate / 1.03 ** max(i - 4, 0))
 
 
-def test_optimizer_of_rhn_is_plain_gradient_descent():
-    weight = torch.randn(5, requires_grad=True)
-    expected, optimizer = weight.detach().clone(), NAG([weight], lr=3.0, momentum=0.0)
-    for rate in (3.0, 3.0, 2.0):
-        optimizer.param_groups[0]["lr"] = rate
-        weight.grad = torch.randn(5)
-        expected -= rate * weight.grad
-        optimizer.step()
-        torch.testing.assert_close(weight.detach(), expected)
-
-
 @pytest.mark.parametrize("name", ["melis_lstm_enwik8", "mogrifier_lstm_enwik8_96m"])
-def test_states_are_dropped_in_the_recipes_of_the_mogrifier_lstm(name):
+def test_recipes_of_the_mogrifier_lstm_drop_states_and_average_weights(name):
     recipe = OmegaConf.load(str(ROOT / "examples" / "enwik8" / f"{name}.yaml"))
     assert recipe.task.drop_state_probability == 0.01
     assert recipe.dataset.validate_interval_updates == 400
+    averaging = {key: value for key, value in recipe.task.items() if key.startswith("average")}
+    expected = {"average_weights": "stalled", "average_patience": 10, "average_latest": 80}
+    assert averaging == expected
 
 
 def test_model_of_the_readme_carries_its_state(tmp_path, monkeypatch):

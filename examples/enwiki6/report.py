@@ -32,9 +32,10 @@ SAMPLE = 600  # bytes
 NUCLEUS = 0.9  # sampled from the most probable tokens of this total probability
 
 
-def main():
+def main(report, description):
+    """Read the options, which are the same for all reports, and write the report."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
@@ -153,4 +154,4 @@ def sample(run, prompt, length):
 
 
 if __name__ == "__main__":
-    main()
+    main(report, __doc__)

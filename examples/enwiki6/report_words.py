@@ -6,36 +6,19 @@ curve, a sample.
 The folder of the run is as for ``report.py``, and so is what is written there.
 """
 
-import argparse
 import logging
 import math
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
-from report import check_evaluation, draw, read_curves, read_evaluation, sample
+from report import check_evaluation, draw, main, read_curves, read_evaluation, sample
 
 from fairseq_sha.data.codecs import WordCodec
 from fairseq_sha.data.corpus import Corpus
-from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
 PROMPT = "The history of "
 SAMPLE = 80  # words and ends of lines
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, help="data folder")
-    parser.add_argument("--run", required=True, type=Path, help="folder of the run")
-    args = parser.parse_args()
-    try:
-        report(args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def report(args):
@@ -87,4 +70,4 @@ def report(args):
 
 
 if __name__ == "__main__":
-    main()
+    main(report, __doc__)

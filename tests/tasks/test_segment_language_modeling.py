@@ -60,6 +60,26 @@ def test_attempt_ends_where_the_optimizer_steps(model):
     assert not torch.equal(third, decoder(tokens)[0])
 
 
+def test_rate_of_an_update_follows_the_length_of_its_segments(model):
+    """Of the mean length, where an update has several; the next update starts from the rate."""
+    config = SegmentLanguageModelingConfig(tokens_per_sample=20, scale_lr_by_length=True)
+    task = SegmentLanguageModelingTask(config, codec())
+    rates = [2.0]
+    optimizer = SimpleNamespace(
+        get_lr=lambda: rates[-1],
+        set_lr=rates.append,
+        step=lambda: rates.append("step"),
+        backward=lambda loss: None,
+    )
+    criterion = lambda *_: (torch.zeros(()), 1, {})  # noqa: E731
+    for lengths in ([20], [5], [20, 10]):
+        for length in lengths:
+            sample = {"target": torch.zeros(2, length), "net_input": {}, "ntokens": 1}
+            task.train_step(sample, model, criterion, optimizer, 1)
+        task.optimizer_step(optimizer, model, 1)
+    assert rates == [2.0, 2.0, "step", 2.0, 0.5, "step", 2.0, 1.5, "step", 2.0]
+
+
 def test_automatic_mixed_precision_unscales_gradients_once():
     """fairseq's own step would do it twice, which Adam hides and a clipped step does not."""
     param = torch.nn.Parameter(torch.zeros(1))
