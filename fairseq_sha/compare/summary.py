@@ -503,10 +503,7 @@ def about_rivals(rivals):
     if not rivals:
         return []
     found = "; ".join(
-        f"{rival_name(rival)}"
-        + (f" ({rival['primed_with']:,} bytes)" if rival["primed_with"] else "")
-        + f": {rival['version']}, {rival['seconds']:,.3g} s"
-        for rival in rivals
+        f"{rival_name(rival)}: {rival['version']}, {rival['seconds']:,.3g} s" for rival in rivals
     )
     return [
         "A compressor that is primed with train is charged for test only: the compressed size of "

@@ -171,15 +171,11 @@ class Space(NamedTuple):
 
     def as_dict(self):
         """As JSON has it."""
-        return json.loads(json.dumps(_dict(self)))
-
-
-def _dict(space):
-    return {
-        "seed": space.seed,
-        "settings": {setting.name: setting._asdict() for setting in space.settings},
-        "own": {family: setting._asdict() for family, setting in space.own.items()},
-    }
+        return {
+            "seed": self.seed,
+            "settings": {setting.name: setting._asdict() for setting in self.settings},
+            "own": {family: setting._asdict() for family, setting in self.own.items()},
+        }
 
 
 def _setting(path, name, content):
@@ -245,10 +241,10 @@ def _set(config, field, value, multiply):
 
 
 def _warmup_field(config):
-    scheduler = recipes.lookup(config, "lr_scheduler", {})
-    if scheduler.get("_name") == "tri_stage":
-        return "warmup_steps"
-    return "warmup_updates" if "warmup_updates" in scheduler else None
+    """The scheduler's number of updates in which the learning rate rises, or None."""
+    scheduler = recipes.lookup(config, "lr_scheduler")
+    fields = scheduler if isinstance(scheduler, dict) else {}
+    return next((key for key in ("warmup_updates", "warmup_steps") if key in fields), None)
 
 
 def set_warmup(config, share):
@@ -278,8 +274,7 @@ def sobol(space, number):
         )
         points = [study.ask(distributions).params for _ in range(number)]
     # A coordinate of one would be beyond the last choice.
-    below = math.nextafter(1.0, 0.0) if hasattr(math, "nextafter") else 1 - 2**-53
-    return [{name: min(point[name], below) for name in names} for point in points]
+    return [{name: min(point[name], 1 - 2**-53) for name in names} for point in points]
 
 
 class Tuning:
