@@ -11,7 +11,7 @@ import yaml
 optuna = pytest.importorskip("optuna")
 
 from fairseq_sha.compare import recipe as recipes  # noqa: E402
-from fairseq_sha.compare import runner, runs, tuning  # noqa: E402
+from fairseq_sha.compare import runner, runs, space, tuning  # noqa: E402
 from fairseq_sha.compare.processes import Processes, RunFailed  # noqa: E402
 from fairseq_sha.errors import UserError  # noqa: E402
 from tests.compare.test_compare import GOOD, OTHER, start  # noqa: E402
@@ -75,9 +75,9 @@ def bits_of(monkeypatch):
 
 def test_points_are_those_of_a_scrambled_sobol_sequence():
     qmc = pytest.importorskip("scipy.stats").qmc
-    space = tuning.Space(5, (tuning.Setting("a", "range", (0, 1), ("x.y",)),), {})
-    points = tuning.sobol(space, 8)
-    assert points == tuning.sobol(space, 16)[:8] != tuning.sobol(space._replace(seed=6), 8)
+    cube = space.Space(5, (space.Setting("a", "range", (0, 1), ("x.y",)),), {})
+    points = space.sobol(cube, 8)
+    assert points == space.sobol(cube, 16)[:8] != space.sobol(cube._replace(seed=6), 8)
     expected = qmc.Sobol(2, scramble=True, seed=5).random(8)
     # Optuna sorts the coordinates by name.
     assert [p["a"] for p in points] == pytest.approx(expected[:, 0])
@@ -122,21 +122,21 @@ def test_a_point_changes_the_fields_that_a_config_has(folder):
 def test_warmup_of_three_stages_leaves_the_end_where_it_is():
     scheduler = {"_name": "tri_stage", "warmup_steps": 100, "hold_steps": 800, "decay_steps": 100}
     config = {"lr_scheduler": scheduler, "optimization": {"max_update": 1000}}
-    tuning.set_warmup(config, 0.2)
+    space.set_warmup(config, 0.2)
     assert config["lr_scheduler"] == {**scheduler, "warmup_steps": 200, "hold_steps": 700}
 
 
 def test_the_space_of_the_examples_fits_their_configs(tmp_path):
     """Each setting is one of most configs, and trials differ from the recipe in it."""
-    space = tuning.Space.load(EXAMPLES / "head_to_head" / "tuning" / "space.yaml")
+    tuned = space.Space.load(EXAMPLES / "head_to_head" / "tuning" / "space.yaml")
     adamw = EXAMPLES / "head_to_head" / "tuning" / "adamw.yaml"
     names = [*(EXAMPLES / "head_to_head").glob("*.yaml"), EXAMPLES / "recurrences" / "srupp.yaml"]
-    (point,) = tuning.sobol(space, 1)
+    (point,) = space.sobol(tuned, 1)
     for path in names:
         for sections in (None, adamw):
             model = recipes.load(path, None, [], sections)
             expected = {"lr", "warmup", "dropout", "streams", "clip"}
-            assert expected <= set(space.apply(model, point)[1]), (path, sections)
+            assert expected <= set(tuned.apply(model, point)[1]), (path, sections)
             if sections:
                 assert model.config["optimizer"]["_name"] == "adam"
                 assert "min_trust" not in model.config["optimizer"]
