@@ -40,7 +40,7 @@ class Segment(nn.Module):
 
     def forward(self, tokens, state):
         """Tokens ``[T, B]`` and state to logits ``[T, B, V]`` and the new state."""
-        layers = [{} for _ in self.decoder.layers]
+        layers = [{} for _ in range(self.decoder.num_states)]
         for (layer, key), rows, tensor in zip(self.names, self.padding, state):
             layers[layer][key] = tensor[rows:] if rows else tensor
         features, layers = self.decoder.read(tokens, layers)

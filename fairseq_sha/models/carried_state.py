@@ -143,7 +143,10 @@ class CarriedState:
         in the types that they had or in the given one."""
         segment = SegmentId.parse(saved["segment"])
         state = [
-            {key: tensor[:, streams].to(device, dtype) for key, tensor in layer.items()}
+            {
+                key: tensor[:, streams].to(device, dtype if tensor.is_floating_point() else None)
+                for key, tensor in layer.items()
+            }
             for layer in saved["state"]
         ]
         self._latest[segment.split, True] = _Kept(segment, state)

@@ -1,8 +1,8 @@
 """What all model families share: a decoder reads a segment of parallel streams, starting from the
 state that the previous segment left, and leaves a state for the next one.
 
-The state is a list with one dict of tensors per layer, streams on dimension 1. ``None`` instead of
-the list means a start from nothing.
+The state is a list with one dict of tensors per layer, streams on dimension 1, and one more of the
+n-gram embedding if there is one. ``None`` instead of the list means a start from nothing.
 """
 
 import functools
@@ -70,6 +70,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         dropout_input (float): on the embedded tokens
         dropout_output (float): on the last layer's output
         final_norm (nn.Module): for the last layer's output, or None
+        ngrams (~fairseq_sha.modules.NGramEmbedding): what n-grams add to the embedded tokens, or
+            None
     """
 
     #: The longest segment whose tokens may see each other; longer ones are read in pieces. None if
@@ -97,12 +99,14 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         dropout_input=0.0,
         dropout_output=0.0,
         final_norm=None,
+        ngrams=None,
     ):
         super().__init__(dictionary)
         if bands is None:
             self.embedding = nn.Embedding(len(dictionary), width)
         else:
             self.embedding = AdaptiveEmbedding(bands)
+        self.ngrams = ngrams
         self.layers = nn.ModuleList(layers)
         self.final_norm = final_norm
         if bands is None:
@@ -305,24 +309,34 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         return Pass(features, state, hidden, context)
 
     def _read_piece(self, tokens, state, context):
+        state = state or [{}] * self.num_states
+        new_state, ngram_state, hidden = [], [], []
         h = self.embed(tokens, context.training)
-        state = state or [{}] * len(self.layers)
+        if self.ngrams is not None:
+            added, after = self.ngrams(tokens, state[-1])
+            h = h + dropout(added, self.dropout_input, context.training, self.shared_dropout)
+            ngram_state.append(after)
         context = self.prepare(h, state, context)
-        new_state, hidden = [], []
         for layer, layer_state in zip(self.layers, state):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 layer = functools.partial(checkpoint, layer, use_reentrant=False)
             h, after = layer(h, layer_state, context)
             new_state.append(after)
             hidden.append(h)
+        new_state += ngram_state
         h = self.combine(hidden, context)
         if self.final_norm is not None:
             h = self.final_norm(h)
         features = dropout(h, self.dropout_output, context.training, self.shared_dropout)
         return Pass(features, new_state, hidden, context)
 
+    @property
+    def num_states(self):
+        """How many dicts of tensors a state has."""
+        return len(self.layers) + (self.ngrams is not None)
+
     def embed(self, tokens, training):
-        """Tokens ``[T, B]`` to the first layer's input ``[T, B, H]``."""
+        """Tokens ``[T, B]`` to what the first layer reads of each, ``[T, B, H]``."""
         h = self.embedding(tokens, training) if self.bands else self.embedding(tokens)
         if training and self.dropout_embedding > 0:
             rows = h.new_ones(len(self.dictionary), 1)
@@ -355,7 +369,7 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         flat = self.get_incremental_state(incremental_state, "state")
         if flat is None:
             return self.generation_start
-        state = [{} for _ in self.layers]
+        state = [{} for _ in range(self.num_states)]
         for name, tensor in flat.items():
             layer, key = name.split(".")
             state[int(layer)][key] = tensor

@@ -29,6 +29,7 @@ from fairseq_sha.modules import (
     LayerNormLSTM,
     MinGRU,
     MinLSTM,
+    NGramEmbedding,
     SingleHeadAttention,
 )
 from fairseq_sha.ops import dropout, last_rows, rows_to_attend
@@ -93,6 +94,27 @@ class SHARNNConfig(AdaptiveConfig):
             "help": "gate on the attention values: an over-parameterised vector, or a plain one "
             "(default: paper, section 3.3)"
         },
+    )
+    initialisation: ChoiceEnum(["published", "torch"]) = field(
+        default="published",
+        metadata={
+            "help": "published: normal, of standard deviation 0.1 / sqrt(H); torch: as torch's "
+            "linear layers, and 1 / sqrt(H) for the embedding; training starts faster "
+            "(default: author's published code)"
+        },
+    )
+    ngram_orders: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "add hashed embeddings of the n-grams of these lengths that end in each token, "
+            "such as 2,3,4; [] for none (default: paper)"
+        },
+    )
+    ngram_buckets: int = field(
+        default=8192, metadata={"help": "rows of the table of each length (default: chosen here)"}
+    )
+    ngram_width: int = field(
+        default=64, metadata={"help": "width of these rows (default: chosen here)"}
     )
     collapse: bool = field(
         default=False,
@@ -159,20 +181,31 @@ class SHARNNDecoder(SegmentDecoder):
             dropout_embedding=cfg.dropout_embedding,
             dropout_input=cfg.dropout_input,
             dropout_output=cfg.dropout_output,
+            ngrams=ngrams(cfg),
         )
         if cfg.attention_layers:
             self.max_segment = cfg.window
         # Layer norms keep torch's ones and zeros: drawn like the linear weights, training stalls.
         # Cells come as they initialise themselves.
-        std = 0.1 / cfg.width**0.5
+        published = str(cfg.initialisation) == "published"
+        std = (0.1 if published else 1.0) / cfg.width**0.5
         for name, parameter in self.vocabulary_parameters():
             if "weight" in name:
                 nn.init.normal_(parameter, std=std)
+        if not published:
+            return
         cells = {module for layer in self.layers for module in layer.cell.modules()}
         for module in self.layers.modules():
             if module not in cells and isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
+
+
+def ngrams(cfg):
+    """The :class:`~fairseq_sha.modules.NGramEmbedding` of a config, or None."""
+    if not cfg.ngram_orders:
+        return None
+    return NGramEmbedding(cfg.ngram_orders, cfg.ngram_buckets, cfg.ngram_width, cfg.width)
 
 
 def norm(width):
@@ -183,6 +216,9 @@ def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "window", "boom_multiple")
     require_dropouts(cfg, "dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output")
+    require_at_least(1, cfg, "ngram_buckets", "ngram_width")
+    if any(n < 2 for n in cfg.ngram_orders):
+        raise UserError(f"--ngram-orders {cfg.ngram_orders}: each must be at least 2")
     for layer in cfg.attention_layers:
         if not 0 <= layer < cfg.num_layers:
             raise UserError(
@@ -273,6 +309,7 @@ TINY = Tiny(
     "--clip-norm 0.25",
     variants={
         **{cell: {"cell": cell, "window": 12} for cell in CELLS},
+        "ngrams": {"window": 12, "ngram_orders": [2, 4], "ngram_buckets": 30, "ngram_width": 5},
         "adaptive": {"window": 12, "cutoffs": [7, 15], "div_val": 2.0, "dropout_embedding": 0.1},
     },
 )

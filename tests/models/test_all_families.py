@@ -35,7 +35,7 @@ def test_carried_state_holds_no_more_than_itself(model, training):
         decoder(torch.randint(24, (3, 6)), segment=f"train:1:{i}")
     for layer in decoder.carried._latest["train", training].state:
         for key, tensor in layer.items():
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * 4, key
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), key
             assert tensor.size(1) == 3 and not tensor.requires_grad
 
 

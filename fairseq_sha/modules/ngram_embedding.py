@@ -1,0 +1,57 @@
+"""Embeddings of the n-grams that end in each token."""
+
+import torch
+from torch import nn
+
+# A polynomial hash. Products of a hash and the factor, below 2^62, fit in 64 bits.
+FACTOR = 1_540_483_477
+PRIME = 2**31 - 1
+
+
+class NGramEmbedding(nn.Module):
+    """Hashed n-gram embeddings (A. Pagnoni et al., arXiv 2412.09871, section 3.2.1). Each n-gram
+    that ends in a token is hashed to a row of a table. The rows of all orders, side by side, are
+    projected to the width of the model. (In the paper, rows are as wide as the model, and summed.)
+
+    Args:
+        orders (list of int): the lengths n, each at least 2
+        buckets (int): rows of each length's table
+        width (int): of a row
+        output_width (int): ``H``
+    """
+
+    def __init__(self, orders, buckets, width, output_width):
+        super().__init__()
+        self.orders = orders
+        self.buckets = buckets
+        self.embedding = nn.Embedding(len(orders) * buckets, width)
+        self.projection = nn.Linear(len(orders) * width, output_width, bias=False)
+
+    def forward(self, tokens, state):
+        """What is to be added to the embedded tokens ``[T, B, H]``, and the new state.
+
+        Args:
+            tokens (LongTensor): ``[T, B]``
+            state (dict): ``tokens``, those before, ``[max(orders) - 1, B]``; empty at a start,
+                where all tokens before are 0
+        """
+        length = max(self.orders) - 1
+        before = state["tokens"] if state else tokens.new_zeros(length, tokens.size(1))
+        text = torch.cat([before, tokens])
+        rows = self.embedding(self.rows(text))
+        return self.projection(rows.flatten(-2)), {"tokens": text[len(text) - length :].clone()}
+
+    def rows(self, text):
+        """The row of the table for each order, ``[T, B, len(orders)]``.
+
+        Args:
+            text (LongTensor): tokens and those before, ``[max(orders) - 1 + T, B]``
+        """
+        end = max(self.orders) - 1
+        hashes, rows = torch.zeros_like(text[end:]), {}
+        for n in range(1, end + 2):
+            token = text[end + 1 - n : len(text) + 1 - n]
+            hashes = (hashes + token + 1) * FACTOR % PRIME
+            rows[n] = hashes % self.buckets
+        tables = enumerate(self.orders)
+        return torch.stack([i * self.buckets + rows[n] for i, n in tables], -1)
