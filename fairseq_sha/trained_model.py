@@ -124,10 +124,14 @@ class TrainedModel(GeneratorHubInterface):
             options: of fairseq's generation: ``sampling``, ``sampling_topk``, ``sampling_topp``,
                 ``temperature``, ``beam``
         """
-        tokens = self.encode(prompt)
-        # fairseq ends a hypothesis with one symbol more, which stands for no text.
+        return self.codec.decode(self.continue_tokens(self.encode(prompt), length, **options))
+
+    def continue_tokens(self, tokens, length, **options):
+        """As :meth:`continuation`, from the tokens of a prompt to those that follow: LongTensor
+        ``[length]``."""
         hypotheses = self.generate([tokens], max_len_b=len(tokens) + length, **options)[0]
-        return self.codec.decode(hypotheses[0]["tokens"][len(tokens) :])
+        # fairseq ends a hypothesis with one symbol more, which stands for no text.
+        return hypotheses[0]["tokens"][len(tokens) : len(tokens) + length].cpu()
 
     @torch.no_grad()
     def read(self, tokens, state=None):

@@ -1,0 +1,42 @@
+"""Evaluate a trained model with EleutherAI's lm-evaluation-harness.
+
+    fairseq-sha lm-eval --path checkpoint.pt -- --tasks TASK [--include_path DIR]
+
+What comes after -- are the options of the harness's own command, lm-eval run; its --model and
+--model_args are set here. Needs Python 3.10 or newer and pip install 'fairseq-sha[lm-eval]'.
+"""
+
+import json
+import sys
+
+from fairseq_sha.commands.common import add_model_arguments, import_plugin, model_overrides
+from fairseq_sha.errors import UserError
+
+
+def add_arguments(parser):
+    """Declare the options."""
+    add_model_arguments(parser)
+    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="of the harness")
+
+
+def run(args):
+    """Have the harness evaluate."""
+    arguments = {
+        "path": args.path,
+        "data_bin": args.data_bin,
+        "cpu": args.cpu,
+        "model_overrides": model_overrides(args.model_overrides),
+    }
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise UserError(f"lm_eval cannot be imported ({error}); pip install 'fairseq-sha[lm-eval]'")
+    import lm_eval.models  # noqa: F401  the harness's own ones, which it would leave out later
+
+    from fairseq_sha import lm_eval_adapter
+
+    import_plugin(args)
+    given = {key: value for key, value in arguments.items() if value}
+    model = ["--model", lm_eval_adapter.NAME, "--model_args", json.dumps(given)]
+    sys.argv = ["lm-eval", "run", *model, *args.options]
+    cli_evaluate()
