@@ -1,7 +1,7 @@
 """Models of this package in EleutherAI's lm-evaluation-harness (the package ``lm_eval``).
 
-Importing this module registers the model ``fairseq_sha`` with the harness. Its arguments are those
-of the commands: ``path``, ``data_bin``, ``cpu``, ``model_overrides``.
+:func:`register` makes the model ``fairseq_sha`` known to the harness. Its arguments are those of the
+commands: ``path``, ``data_bin``, ``cpu``, ``model_overrides``.
 
 The harness asks for three things. ``loglikelihood_rolling`` is the cost of a whole text from its
 start, the same as that of ``fairseq-sha score``, so that the harness's bits per byte are this
@@ -12,8 +12,6 @@ Nothing is ever truncated.
 import itertools
 import logging
 
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from fairseq_sha import continuations
@@ -28,9 +26,25 @@ MOST_TOKENS = 256  # generated, unless a task says more; the harness's own model
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 
 
-@register_model(NAME)
-class TrainedLM(LM):
-    """A trained model for the harness.
+def register():
+    """Register the model with the harness.
+
+    Raises:
+        UserError: the harness is not installed
+    """
+    try:
+        import lm_eval.models  # noqa: F401  the harness's own ones, which it would leave out later
+        from lm_eval.api.model import LM
+        from lm_eval.api.registry import MODEL_REGISTRY, register_model
+    except ImportError as error:
+        raise UserError(f"lm_eval cannot be imported ({error}); pip install 'fairseq-sha[lm-eval]'")
+    if NAME not in MODEL_REGISTRY:
+        register_model(NAME)(type("TrainedLM", (Adapter, LM), {}))
+
+
+class Adapter:
+    """A trained model that answers the harness's requests, which have ``args``. Mixed with the
+    harness's class ``LM`` by :func:`register`.
 
     Args:
         path (str): checkpoint
@@ -77,7 +91,6 @@ class TrainedLM(LM):
             score, tokens, _ = self.model.costs(_bytes(text))
             self._count(tokens)
             found.append(-score.nats if score else 0.0)
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         self._warn()
         return found
 
@@ -92,10 +105,7 @@ class TrainedLM(LM):
                 texts = [_bytes(request.args[1]) for request in group]
                 for text in texts:
                     self._count(self.model.encode(text).numpy())
-                scored = continuations.log_likelihoods(self.model, _bytes(context), texts)
-                for request, pair in zip(group, scored):
-                    self.cache_hook.add_partial("loglikelihood", request.args, pair)
-                found += scored
+                found += continuations.log_likelihoods(self.model, _bytes(context), texts)
                 bar.update(len(group))
         self._warn()
         return found
@@ -110,7 +120,6 @@ class TrainedLM(LM):
                 self.model, _bytes(context), until, most, **sampling
             )
             found.append(text.decode("utf-8", "replace"))
-            self.cache_hook.add_partial("generate_until", request.args, found[-1])
         return found
 
     def _count(self, tokens):

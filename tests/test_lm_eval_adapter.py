@@ -5,10 +5,11 @@ import math
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
-from fairseq_sha import UserError
+from fairseq_sha import UserError, lm_eval_adapter
 from fairseq_sha.commands import main
 from fairseq_sha.continuations import continue_until, log_likelihoods
 from fairseq_sha.trained_model import TrainedModel
@@ -29,19 +30,30 @@ def test_without_the_harness_the_command_says_so(monkeypatch, capsys):
 
 
 def test_generation_of_a_task():
-    adapter = import_adapter()
-    assert adapter.generation_of({}) == ([], 256, {"beam": 1})
+    assert lm_eval_adapter.generation_of({}) == ([], 256, {"beam": 1})
     options = {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.0}
-    assert adapter.generation_of(options) == ([b"\n"], 5, {"beam": 1})
+    assert lm_eval_adapter.generation_of(options) == ([b"\n"], 5, {"beam": 1})
     with pytest.raises(UserError, match="generation_kwargs num_beams: not supported"):
-        adapter.generation_of({"until": ["a"], "num_beams": 3})
+        lm_eval_adapter.generation_of({"until": ["a"], "num_beams": 3})
 
 
-def import_adapter():
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[lm-eval]'")
-    from fairseq_sha import lm_eval_adapter
+class Request(NamedTuple):
+    args: tuple
 
-    return lm_eval_adapter
+
+def test_answers_without_the_harness(path):
+    adapter = lm_eval_adapter.Adapter(path, device="cpu", batch_size=4)
+    model, data, context = adapter.model, text(130), text(45, seed=3)
+    score, _, _ = model.costs(data)
+    rolling = adapter.loglikelihood_rolling([Request((data.decode(),)), Request(("",))])
+    assert rolling == [-score.nats, 0.0]
+    pairs = [(context, b"ab"), (context, b"h"), (b"", b"ab")]
+    requests = [Request((before.decode(), after.decode())) for before, after in pairs]
+    expected = log_likelihoods(model, context, [b"ab", b"h"]) + log_likelihoods(model, b"", [b"ab"])
+    assert adapter.loglikelihood(requests) == expected
+    options = {"until": ["hab"], "max_gen_toks": 40}
+    generated = continue_until(model, context, [b"hab"], 40, beam=1).decode()
+    assert adapter.generate_until([Request((context.decode(), options))]) == [generated]
 
 
 TASK = """
@@ -86,7 +98,7 @@ def write_task(folder, name, documents):
 
 
 def test_harness_gives_the_scores_of_this_package(path, tmp_path):
-    import_adapter()
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[lm-eval]'")
     model = TrainedModel.load(path, cpu=True)
     texts = [text(size, seed=size) for size in (30, 500, 201)]
     contexts = [text(size, seed=size).strip() for size in (90, 7)]

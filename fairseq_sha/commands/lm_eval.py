@@ -10,7 +10,6 @@ import json
 import sys
 
 from fairseq_sha.commands.common import add_model_arguments, import_plugin, model_overrides
-from fairseq_sha.errors import UserError
 
 
 def add_arguments(parser):
@@ -27,16 +26,13 @@ def run(args):
         "cpu": args.cpu,
         "model_overrides": model_overrides(args.model_overrides),
     }
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ImportError as error:
-        raise UserError(f"lm_eval cannot be imported ({error}); pip install 'fairseq-sha[lm-eval]'")
-    import lm_eval.models  # noqa: F401  the harness's own ones, which it would leave out later
-
     from fairseq_sha import lm_eval_adapter
 
+    lm_eval_adapter.register()
     import_plugin(args)
     given = {key: value for key, value in arguments.items() if value}
     model = ["--model", lm_eval_adapter.NAME, "--model_args", json.dumps(given)]
     sys.argv = ["lm-eval", "run", *model, *args.options]
+    from lm_eval.__main__ import cli_evaluate
+
     cli_evaluate()
