@@ -1,7 +1,7 @@
 """Models of this package in EleutherAI's lm-evaluation-harness (the package ``lm_eval``).
 
-:func:`register` makes the model ``fairseq_sha`` known to the harness. Its arguments are those of the
-commands: ``path``, ``data_bin``, ``cpu``, ``model_overrides``.
+:func:`register` makes the model ``fairseq_sha`` known to the harness. Its arguments are those of
+the commands: ``path``, ``data_bin``, ``cpu``, ``model_overrides``.
 
 The harness asks for three things. ``loglikelihood_rolling`` is the cost of a whole text from its
 start, the same as that of ``fairseq-sha score``, so that the harness's bits per byte are this
