@@ -19,8 +19,9 @@ LEVELS = [
     {"models"},
     {"evaluation"},
     {"tasks", "trained_model"},
-    {"compression", "flops", "onnx_export", "weights_import"},
-    {"compare"},
+    {"compression", "continuations", "flops", "onnx_export", "weights_import"},
+    {"compare", "lm_eval_adapter"},
+    {"reading"},
     {"commands"},
     {"__main__"},
 ]

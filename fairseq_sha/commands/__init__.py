@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "score": "the cost of each token of a text",
     "evaluate": "the score of a split of a data folder",
+    "lm-eval": "evaluate with EleutherAI's lm-evaluation-harness",
     "compress": "pack files",
     "decompress": "unpack them",
     "export": "write a model as ONNX",

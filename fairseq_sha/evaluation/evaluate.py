@@ -45,6 +45,24 @@ class Score(NamedTuple):
         return f"{', '.join(figures)} ({', '.join(counted)}; {self.policy})"
 
 
+class Tally:
+    """Sums over what has been read so far."""
+
+    def __init__(self):
+        self.nats, self.tokens, self.bytes, self.words = 0.0, 0, 0, 0
+
+    def add(self, batch, nats):
+        """Count a batch and its cost."""
+        self.nats += nats
+        self.tokens += batch["ntokens"]
+        self.bytes += batch.get("nbytes", 0)
+        self.words += batch.get("nwords", 0)
+
+    def score(self, policy):
+        """The :class:`Score`."""
+        return Score(self.nats, self.tokens, self.bytes, self.words or None, str(policy))
+
+
 def _exp(value):
     """``math.exp``, but infinity where that overflows, as the cost of a diverged model may do."""
     try:
@@ -73,7 +91,7 @@ def inputs_of(model, batch):
     return net_input, batch["target"].to(device)
 
 
-def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_losses):
+def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_losses, tally=None):
     """Read a split.
 
     Args:
@@ -85,25 +103,25 @@ def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_l
         policy (Carried or Sliding): how it is read
         progress (bool): whether to show progress on standard error, if that is a terminal
         losses (callable): from the model and a batch to the cost of each target, ``[B, T]``
+        tally (Tally): of what was read before, to which this is added; None for nothing
 
     Returns:
-        the :class:`Score`, and the cost of each prediction in nats, float32 ``[len(corpus)]``
+        the :class:`Score`, with what was read before, and the cost of each prediction in nats,
+        float32 ``[len(corpus)]``
     """
     batches = policy.batches(corpus, split, codec)
     costs = np.full(len(corpus), np.nan, dtype=np.float32)
-    total = dict.fromkeys(("ntokens", "nbytes", "nwords"), 0)
-    nats = 0.0
+    tally = Tally() if tally is None else tally
     disable = None if progress else True  # None: shown on a terminal only
     with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable) as bar:
         for index in range(len(batches)):
             batch = batches[index]
             costs_of_batch = losses(model, batch).double().cpu().numpy()
+            nats = 0.0
             for row, (first, context, count) in enumerate(batches.rows(index)):
                 scored = costs_of_batch[row, context : context + count]
                 costs[first : first + count] = scored
                 nats += float(scored.sum())
-            for key in total:
-                total[key] += batch.get(key, 0)
+            tally.add(batch, nats)
             bar.update(batch["ntokens"])
-    words = total["nwords"] or None
-    return Score(nats, total["ntokens"], total["nbytes"], words, str(policy)), costs
+    return tally.score(policy), costs

@@ -13,11 +13,13 @@ class Carried(NamedTuple):
         streams: parts of the text that are read side by side, each of which starts from nothing
         length: tokens of a segment
         has_state: whether the model carries state
+        begun: segments of the text that were read before, if this is a part of it
     """
 
     streams: int
     length: int
     has_state: bool = True
+    begun: int = 0
 
     def batches(self, corpus, split, codec, num_shards=1, shard=0):
         """The batches of a split, for ``fairseq``'s iterators and for :func:`evaluate`.
@@ -40,6 +42,7 @@ class Carried(NamedTuple):
             shard=shard,
             codec=codec,
             filler=None if self.has_state else codec.start,
+            first_index=self.begun,
         )
 
     def __str__(self):
