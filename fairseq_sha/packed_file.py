@@ -279,14 +279,17 @@ class Reader:
         window, self._end = self._window, None
         lost = 1  # the first block that was not read yet, or was lost
         least = 1  # numbers that the next block may have
-        damaged = False
+        damaged = complete = False
         searched = 0  # where the bytes end that were searched for a block inside another
         while True:
             record, skipped = self._next_record(least)
             damaged = damaged or skipped > 0
             if record is None:
                 start = self._start(lost)
-                report(f"cut off in block {lost:,}: bytes from {start:,} on are missing")
+                if complete:
+                    report("cut off after the last block: the checksum of the whole is missing")
+                else:
+                    report(f"cut off in block {lost:,}: bytes from {start:,} on are missing")
                 return
             number = record.blocks + 1 if isinstance(record, End) else record.number
             if number > lost:
@@ -300,13 +303,14 @@ class Reader:
                 if window.peek(1):
                     report("there are bytes after the end")
                 return
-            lost, least, damaged = number, number + 1, False
+            lost, least, damaged, complete = number, number + 1, False, False
             payload = window.take(record.packed_size)
             if zlib.crc32(payload) == record.packed_checksum and (
                 len(payload) == record.packed_size
             ):
                 yield record, payload
                 lost = number + 1
+                complete = record.size < self.header.block_size  # only the last block is shorter
                 continue
             damaged = True
             # If bytes are missing, the next block begins too early. No byte is searched twice, or
