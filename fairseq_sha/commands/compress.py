@@ -101,7 +101,10 @@ def run(args):
 
     def compress(path):
         target = target_of(args, path, packed_path(path))
-        with opened(path) as source, writing(path, target) as output, Progress(path) as bar:
+        total = None if path == STANDARD else path.stat().st_size
+        with opened(path) as source, writing(path, target) as output, Progress(
+            path.name, total
+        ) as bar:
             sizes = packed_file.pack(
                 coder, source, output, args.block_size, args.streams, bar.update
             )
@@ -174,16 +177,14 @@ class Progress:
     """Shows on standard error how many bytes are done, if it is a terminal.
 
     Args:
-        path (Path): what is read
-        total (int): bytes; by default the size of that file; unknown for standard input
+        name (str): what is read
+        total (int): its bytes, if they are known
     """
 
-    def __init__(self, path, total=None):
+    def __init__(self, name, total):
         from tqdm import tqdm
 
-        if total is None and path != STANDARD:
-            total = path.stat().st_size
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None)
 
     def __enter__(self):
         return self.bar

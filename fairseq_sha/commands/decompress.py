@@ -124,7 +124,7 @@ def _decompress(args, coder, source, path, target, name):
         source.seek(start)
         reader = packed_file.Reader(source, args.memory_limit)
     output = open(os.devnull, "wb") if args.test else writing(path, target)
-    with output as file, Progress(path, total) as bar:
+    with output as file, Progress(path.name, total) as bar:
         (size, packed), damage = reader.unpack(coder, file, goes_on, bar.update)
         if damage and not size:
             raise UserError(f"{_listed(damage)}; nothing is left")
