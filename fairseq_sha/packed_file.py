@@ -17,8 +17,10 @@ BLOCK_MARKER, END_MARKER = b"SHAB", b"SHAE"
 #: Kinds of models: one that computes the same everywhere, and one that its build computes.
 PORTABLE, BOUND = 1, 2
 
-# Each of these is followed by its CRC-32. The fields are those of Header, Block and End.
-HEADER = struct.Struct("<4sBBH8s8sIH")
+# Each of these is followed by its CRC-32, which begins with the file's tag in blocks and ends. So
+# those of another file, which may itself be what is packed, are not taken for this one's. The
+# fields are those of Header, Block and End.
+HEADER = struct.Struct("<4sBBH8s8sIHI")
 BLOCK = struct.Struct("<4sIIIHII")
 END = struct.Struct("<4sIQI")
 CHECKSUM = struct.Struct("<I")
@@ -73,6 +75,7 @@ class Header(NamedTuple):
     build: bytes
     block_size: int
     streams: int  # the most that a block has
+    tag: int  # CRC-32 of the original bytes of the first block, 0 if there is none
 
 
 class Block(NamedTuple):
@@ -122,14 +125,14 @@ def pack(coder, source, target, block_size=BLOCK_SIZE, streams=None, progress=No
     """
     check_numbers(block_size, streams)
     kind = BOUND if any(coder.build) else PORTABLE
-    most = streams or STREAMS
-    header = Header(MAGIC, VERSION, kind, 0, coder.identity, coder.build, block_size, most)
+    data = _read(source, block_size)
+    tag = zlib.crc32(data)
+    header = Header(
+        MAGIC, VERSION, kind, 0, coder.identity, coder.build, block_size, streams or STREAMS, tag
+    )
     packed = target.write(_sealed(HEADER, header))
     number = size = checksum = 0
-    while True:
-        data = _read(source, block_size)
-        if not data:
-            break
+    while data:
         number += 1
         used = min(streams or _default_streams(len(data)), len(data))
         payload = coder.encode(data, used, progress)
@@ -137,11 +140,12 @@ def pack(coder, source, target, block_size=BLOCK_SIZE, streams=None, progress=No
             payload, used = data, 0
         sums = zlib.crc32(data), zlib.crc32(payload)
         block = Block(BLOCK_MARKER, number, len(data), len(payload), used, *sums)
-        packed += target.write(_sealed(BLOCK, block))
+        packed += target.write(_sealed(BLOCK, block, tag))
         packed += target.write(payload)
         size += len(data)
         checksum = zlib.crc32(data, checksum)
-    packed += target.write(_sealed(END, End(END_MARKER, number, size, checksum)))
+        data = _read(source, block_size)
+    packed += target.write(_sealed(END, End(END_MARKER, number, size, checksum), tag))
     return Sizes(size, packed)
 
 
@@ -346,7 +350,7 @@ class Reader:
         start = self._window.peek(BLOCK.size + CHECKSUM.size)
         limit = self.header.block_size
         if start.startswith(BLOCK_MARKER):
-            fields = _unsealed(BLOCK, start)
+            fields = _unsealed(BLOCK, start, self.header.tag)
             block = fields and Block(*fields)
             if (
                 block
@@ -358,7 +362,7 @@ class Reader:
             ):
                 return block
         elif start.startswith(END_MARKER):
-            fields = _unsealed(END, start)
+            fields = _unsealed(END, start, self.header.tag)
             end = fields and End(*fields)
             if end and end.blocks >= least - 1 and end.blocks == -(-end.size // limit):
                 return end
@@ -463,17 +467,17 @@ def _read_header(window):
     return header
 
 
-def _sealed(layout, fields):
+def _sealed(layout, fields, tag=0):
     """A record and its checksum."""
     record = layout.pack(*fields)
-    return record + CHECKSUM.pack(zlib.crc32(record))
+    return record + CHECKSUM.pack(zlib.crc32(record, tag))
 
 
-def _unsealed(layout, data):
+def _unsealed(layout, data, tag=0):
     """The fields of a record at the beginning of some bytes; None if its checksum is wrong."""
     end = layout.size + CHECKSUM.size
     record = data[: layout.size]
-    if len(data) < end or CHECKSUM.pack(zlib.crc32(record)) != data[layout.size : end]:
+    if len(data) < end or CHECKSUM.pack(zlib.crc32(record, tag)) != data[layout.size : end]:
         return None
     return layout.unpack(record)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fairseq_sha import UserError, packed_file
 from fairseq_sha.packed_file import BLOCK, END, HEADER, Reader
 from tests.commands import REPOSITORY
-from tests.stand_in_compress import StandInCoder
+from tests.stand_in_compress import StandInCoder, StoringCoder
 from tests.tiny_corpus import text
 
 SIZE = 1000
@@ -91,25 +91,26 @@ def test_data_come_back(size, streams):
 def test_layout_is_the_one_that_is_documented():
     """Field by field, as in examples/compression/README.md."""
     packed = pack(text(1500), StandInCoder(build=b"buildnum"), streams=3)
-    fields = struct.unpack_from("<4sBBH8s8sIHI", packed)
-    assert fields[:-1] == (b"SHAC", 2, 2, 0, b"stand-in", b"buildnum", 1000, 3)
-    assert fields[-1] == zlib.crc32(packed[:30])
-    at, blocks = 34, []
+    fields = struct.unpack_from("<4sBBH8s8sIHII", packed)
+    tag = zlib.crc32(text(1500)[:1000])
+    assert fields[:-1] == (b"SHAC", 2, 2, 0, b"stand-in", b"buildnum", 1000, 3, tag)
+    assert fields[-1] == zlib.crc32(packed[:34])
+    at, blocks = 38, []
     for number, size in ((1, 1000), (2, 500)):
         block = struct.unpack_from("<4sIIIHIII", packed, at)
         payload = packed[at + 30 : at + 30 + block[3]]
         original = text(1500)[1000 * number - 1000 :][:size]
         assert block[:3] == (b"SHAB", number, size) and block[4] == 3
         assert block[5:7] == (zlib.crc32(original), zlib.crc32(payload))
-        assert block[7] == zlib.crc32(packed[at : at + 26])
+        assert block[7] == zlib.crc32(packed[at : at + 26], tag)
         at += 30 + len(payload)
         blocks.append(payload)
     end = struct.unpack_from("<4sIQII", packed, at)
     assert end[:4] == (b"SHAE", 2, 1500, zlib.crc32(text(1500)))
-    assert end[4] == zlib.crc32(packed[at : at + 20]) and at + 24 == len(packed)
+    assert end[4] == zlib.crc32(packed[at : at + 20], tag) and at + 24 == len(packed)
     assert pack(text(9))[5] == 1  # a portable model
     stored = pack(b"a")
-    assert struct.unpack_from("<H", stored, 34 + 16) == (0,) and stored[64:65] == b"a"
+    assert struct.unpack_from("<H", stored, 38 + 16) == (0,) and stored[68:69] == b"a"
 
 
 def test_blocks_are_independent():
@@ -232,22 +233,36 @@ def test_bytes_after_the_end():
 
 
 def test_block_of_another_file():
-    """All sums are right but that of the whole."""
     other = pack(DATA[::-1])
+    places = blocks_of(other)
+    mixed = PACKED[: PLACES[1]] + other[places[1] : places[2]] + PACKED[PLACES[2] :]
+    assert unpack(mixed, recover=True) == (without(2), ["block 2 (bytes 1,000 to 1,999) damaged"])
+
+
+def test_block_of_another_file_with_the_same_first_block():
+    """All sums are right but that of the whole."""
+    other = pack(DATA[:SIZE] + DATA[SIZE:][::-1])
     places = blocks_of(other)
     mixed = PACKED[: PLACES[1]] + other[places[1] : places[2]] + PACKED[PLACES[2] :]
     with pytest.raises(UserError, match="the blocks are not those of one file"):
         unpack(mixed)
 
 
-def test_packed_file_in_a_packed_file():
-    """A block that is stored holds records that look valid."""
-    outer = pack(PACKED, block_size=len(PACKED) // 2)
-    assert unpack(outer) == (PACKED, [])
-    damaged = bytearray(outer)
-    damaged[blocks_of(outer)[0] + 60] ^= 1
-    data, damage = unpack(bytes(damaged), recover=True)
-    assert data == PACKED[len(PACKED) // 2 :] and len(damage) == 1
+@pytest.mark.parametrize("place", [2, 60])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_packed_file_in_a_packed_file(place, blocks):
+    """A block that is stored holds records that look like its own file's."""
+    size = -(-len(PACKED) // blocks)
+    inner = PACKED + noise(size)
+    outer = pack(inner, StoringCoder(), block_size=size)
+    assert unpack(outer, StoringCoder()) == (inner, [])
+    for number, at in enumerate(blocks_of(outer)[:-1]):
+        damaged = bytearray(outer)
+        damaged[at + place] ^= 1
+        del damaged[at + 61]  # so that the next block is searched
+        data, damage = unpack(bytes(damaged), StoringCoder(), recover=True)
+        assert data == inner[: number * size] + inner[(number + 1) * size :]
+        assert len(damage) == 1
 
 
 def test_content_that_decodes_to_something_else():
@@ -289,7 +304,7 @@ def test_header():
 
 
 def header(kind=1, flags=0, block_size=1000, streams=4):
-    fields = (b"SHAC", 2, kind, flags, CODER.identity, bytes(8), block_size, streams)
+    fields = (b"SHAC", 2, kind, flags, CODER.identity, bytes(8), block_size, streams, 0)
     return sealed(HEADER.pack(*fields))
 
 
@@ -421,7 +436,9 @@ def test_reading_takes_time_in_proportion_to_the_file(step, monkeypatch):
     """Blocks inside blocks inside blocks must not be read again and again."""
     summed = []
     crc32 = zlib.crc32
-    monkeypatch.setattr(packed_file.zlib, "crc32", lambda d, *s: summed.append(len(d)) or crc32(d))
+    monkeypatch.setattr(
+        packed_file.zlib, "crc32", lambda d, s=0: summed.append(len(d)) or crc32(d, s)
+    )
     size = 60_000
     nested = bytearray(header(block_size=size))
     for number in range(1, size // (BLOCK_HEADER_SIZE + step)):
