@@ -5,17 +5,20 @@ import platform
 import random
 import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import fairseq_sha
-from fairseq_sha import UserError, commands, compression
+from fairseq_sha import UserError, commands, compression, packed_file
 from fairseq_sha.data.codecs import WordCodec
 from fairseq_sha.trained_model import TrainedModel
+from tests.commands import REPOSITORY
 from tests.options import FAMILIES
-from tests.tiny_corpus import text
+from tests.tiny_corpus import text, write_folder
 
 
 @pytest.fixture(params=FAMILIES)
@@ -245,3 +248,32 @@ def test_nothing_is_loaded_for_files_that_all_fail(files, capsys):
 def test_options_are_checked_before_the_work(option, message, capsys):
     assert commands.main(["compress", "--path", "checkpoint.pt", *option, "x"]) == 1
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_portable_model_packs_and_unpacks_without_torch(path, tmp_path):
+    pytest.importorskip("fairseq_sha.commands.quantize", reason="there are no portable models yet")
+    model = str(tmp_path / "model")
+    data = write_folder(tmp_path)
+    options = ["--path", path, "--data", data, "--out", model, "--sample", "0"]
+    assert commands.main(["quantize", *options]) == 0
+    # numba would compile for longer than it saves.
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'fairseq', 'constriction', 'numba'): sys.modules[name] = None\n"
+        "from fairseq_sha.commands import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+
+    def run(command, content):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--path", model],
+            input=content,
+            capture_output=True,
+            cwd=str(REPOSITORY),
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    content = text(500) + bytes(range(256))
+    packed = run("compress", content)
+    assert packed[5] == packed_file.PORTABLE and run("decompress", packed) == content

@@ -122,6 +122,12 @@ def test_files_that_are_skipped(packed, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["other"]
 
 
+def test_same_file_twice(packed, file, capsys):
+    assert run("decompress", packed, packed) == 2
+    assert _error(capsys).startswith(f"warning: {file}: exists already")
+    assert file.read_bytes() == CONTENT
+
+
 def test_exit_status_of_an_error_wins(file, tmp_path):
     missing = tmp_path / "missing"
     assert run("compress", missing, file) == 1

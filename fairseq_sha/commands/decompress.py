@@ -79,9 +79,10 @@ def run(args):
 
     def decompress(path):
         name = "standard input" if path == STANDARD else path
+        restored = target(path)
         with opened(path) as source:
             try:
-                return _decompress(args, coder, source, path, target(path), name)
+                return _decompress(args, coder, source, path, restored, name)
             except UserError as error:
                 raise UserError(f"{name}: {error}")
 
