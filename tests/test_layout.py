@@ -19,7 +19,7 @@ LEVELS = [
     {"models"},
     {"evaluation"},
     {"tasks", "trained_model"},
-    {"compression", "continuations", "flops", "onnx_export", "weights_import"},
+    {"compression", "continuations", "flops", "onnx_export", "packed_file", "weights_import"},
     {"compare", "lm_eval_adapter"},
     {"reading"},
     {"commands"},

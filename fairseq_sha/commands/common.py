@@ -9,9 +9,9 @@ import fairseq_sha
 from fairseq_sha.errors import UserError
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser, required=True, what="CHECKPOINT"):
     """Declare the options that name a model."""
-    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the trained model")
+    parser.add_argument("--path", required=required, metavar=what, help="the trained model")
     parser.add_argument(
         "--data-bin",
         metavar="DIR",
@@ -45,6 +45,31 @@ def load_model(args, allow_stock=False):
     import_plugin(args)
     overrides = model_overrides(args.model_overrides)
     return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides, allow_stock)
+
+
+def load_coder(args, threads=1):
+    """The :class:`~fairseq_sha.packed_file.BlockCoder` of the model that
+    :func:`add_model_arguments` names. A portable model needs neither torch nor fairseq.
+
+    Args:
+        args: the command's options
+        threads (int): of torch, for packing with a checkpoint
+
+    Raises:
+        UserError: there is no such model, or an option is wrong
+    """
+    from fairseq_sha import portable
+
+    if portable.is_portable_file(args.path):
+        for option in ("data_bin", "user_dir", "model_overrides"):
+            if getattr(args, option) not in (None, "{}"):
+                name = option.replace("_", "-")
+                raise UserError(f"--{name}: a portable model holds all of its settings; remove it")
+        return portable.load(args.path)
+    from fairseq_sha import compression
+
+    compression.check_packages()
+    return compression.ModelCoder(load_model(args), threads)
 
 
 def import_plugin(args):
