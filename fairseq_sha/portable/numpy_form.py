@@ -1,13 +1,14 @@
 """The integer model in numpy: slow, and written to be read beside the paper and the modules.
 
-It is the definition of what :mod:`fairseq_sha.portable.numba_form` computes, bit for bit. Arrays are
-int64 unless said otherwise; ``B`` streams are read side by side.
+It is the definition of what :mod:`fairseq_sha.portable.numba_form` computes, bit for bit. Arrays
+are int64 unless said otherwise; ``B`` streams are read side by side.
 """
 
 import math
 
 import numpy as np
 
+from fairseq_sha.portable import coder
 from fairseq_sha.portable.model import (
     EXP_BITS,
     EXP_ENTRIES,
@@ -27,7 +28,7 @@ from fairseq_sha.portable.model import (
 HALF_SHARE = 1 << (SHARE_BITS - 1)
 
 
-class NumpyForm:
+class Reader:
     """Reads a byte of each stream, and says what may come next.
 
     Args:
@@ -202,14 +203,86 @@ class NumpyForm:
         out[:, self.known] = mine
         return out
 
-    def count(self, read, streams):
-        """Take note of the bytes ``read [streams]`` of the first streams."""
-        self.read[:streams] += 1
-        self.unknown[:streams] += self.row_of[read] == len(self.known)
+    def count(self, read):
+        """Take note of the bytes ``read``, one of each of the first streams."""
+        self.read[: len(read)] += 1
+        self.unknown[: len(read)] += self.row_of[read] == len(self.known)
+
+
+class NumpyForm:
+    """Codes and generates.
+
+    Args:
+        model (~fairseq_sha.portable.model.IntegerModel): what predicts the next byte
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def encode(self, data, streams, progress=None):
+        """See :meth:`fairseq_sha.portable.PortableModel.encode`."""
+        encoder = coder.Encoder()
+
+        def code(frequencies, place):
+            byte = data[place]
+            encoder.put(int(frequencies[:byte].sum()), int(frequencies[byte]))
+            return byte
+
+        self._run(len(data), streams, code, progress)
+        return encoder.finish()
+
+    def decode(self, payload, size, streams, progress=None):
+        """See :meth:`fairseq_sha.portable.PortableModel.decode`."""
+        decoder, text = coder.Decoder(payload), bytearray(size)
+
+        def code(frequencies, place):
+            ends = frequencies.cumsum()
+            byte = int(np.searchsorted(ends, decoder.where(), side="right"))
+            decoder.take(int(ends[byte] - frequencies[byte]), int(frequencies[byte]))
+            text[place] = byte
+            return byte
+
+        self._run(size, streams, code, progress)
+        return bytes(text)
+
+    def generate(self, prompt, draws, temperature, progress=None):
+        """See :meth:`fairseq_sha.portable.PortableModel.generate`.
+
+        Args:
+            prompt (bytes): may be empty
+            draws (list of int): random numbers of ``TOTAL_BITS`` bits, one for each byte
+            temperature (int): a factor on logits, with ``NORM_BITS`` bits after the point
+        """
+        text, known = bytearray(prompt) + bytes(len(draws)), list(self.model.sizes.known)
+
+        def code(frequencies, place):
+            if place >= len(prompt):
+                ends = frequencies[known].cumsum()
+                number = (draws[place - len(prompt)] * int(ends[-1])) >> TOTAL_BITS
+                text[place] = known[int(np.searchsorted(ends, number, side="right"))]
+            return text[place]
+
+        self._run(len(text), 1, code, progress, temperature)
+        return bytes(text[len(prompt) :])
+
+    def _run(self, size, streams, code, progress, temperature=1 << NORM_BITS):
+        """``code`` is given the frequencies of a stream's next byte and its place in the block,
+        and gives the byte."""
+        length = coder.stream_length(size, streams)
+        reader = Reader(self.model, streams)
+        before = np.full(streams, coder.FIRST)
+        for done in range(length):
+            table = reader.frequencies(reader.step(before), temperature)
+            active = coder.bytes_between(size, streams, done, done + 1)
+            for stream in range(active):
+                before[stream] = code(table[stream], stream * length + done)
+            reader.count(before[:active])
+            if progress is not None:
+                progress(active)
 
 
 def product(x, weight):
-    """``x W^T`` in 32 bits: activations ``[B, H]`` and int8 ``[rows, H]`` to int64 ``[B, rows]``."""
+    """``x W^T``, activations ``[B, H]`` and int8 ``[rows, H]`` to ``[B, rows]``. Fits 32 bits."""
     sums = np.matmul(x.astype(np.int32), weight.T.astype(np.int32))
     return sums.astype(np.int64)
 
