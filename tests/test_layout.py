@@ -19,7 +19,7 @@ LEVELS = [
     {"models"},
     {"evaluation"},
     {"tasks", "trained_model"},
-    {"compression", "flops", "onnx_export", "weights_import"},
+    {"compression", "flops", "onnx_export", "portable", "weights_import"},
     {"compare"},
     {"commands"},
     {"__main__"},

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "the score of a split of a data folder",
     "compress": "pack files",
     "decompress": "unpack them",
+    "quantize": "write a model in integers, the same on every machine",
     "export": "write a model as ONNX",
     "import-weights": "make a checkpoint from published weights",
     "flops": "count the floating-point operations of a model",

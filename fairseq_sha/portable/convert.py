@@ -214,7 +214,7 @@ class _Writer:
         self.parts["score_multiplier"].append(unit * 2 ** (form.EXP_BITS + form.SCORE_BITS))
         gate = attention.value_gate
         gate = gate() if isinstance(gate, OverparameterisedVector) else torch.sigmoid(gate)
-        self.parts["value_gate"].append(_array(gate) * 2.0 ** (of_memory + form.NORM_BITS))
+        self.parts["value_gate"].append(_array(gate) * 2.0 ** (of_memory + form.GATE_BITS))
 
     def norm(self, name, norm, factor=1.0):
         weight, bias = _array(norm.weight * factor), _array(norm.bias * factor)
@@ -282,3 +282,17 @@ def float_bits(trained, parts):
         logs = logits[0, :, ids].double().log_softmax(-1)
         nats -= float(logs.gather(1, column[wanted][:, None]).sum())
     return nats / float(np.log(2))
+
+
+def text_of(trained, split, size):
+    """The first bytes of a split of the model's data folder, as many as there are up to ``size``."""
+    trained.task.load_dataset(split)
+    tokens = trained.task.dataset(split).tokens[1 : size + 1]
+    return trained.codec.decode(np.array(tokens, np.int64))
+
+
+def columns(trained, text, streams):
+    """Tokens of a text that is read in streams side by side: LongTensor ``[T, streams]``."""
+    tokens = trained.codec.encode(text)
+    length = max(1, len(tokens) // streams)
+    return tokens[: length * streams].view(-1, length).t()

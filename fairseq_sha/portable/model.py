@@ -48,11 +48,15 @@ SIGMOID_ENTRIES = 16 << SIGMOID_BITS
 EXP_BITS = 8
 EXP_ENTRIES = 16 << EXP_BITS
 MOST_EXP = (1 << 24) - 1
-#: Rows of the attention's memory are so small that the mix of rows fits 32 bits.
-MOST_MEMORY = 2047
-MIX_BITS = 20
+#: The largest entry of the attention's memory, which has 8 bits: it is most of what a step reads.
+MOST_MEMORY = 127
+#: The shares of the rows that attention mixes sum up to less than 2 to this power, so that the mix
+#: fits 32 bits.
+MIX_BITS = 24
 #: What turns a score into steps of the table of exp has this many bits after the point.
 SCORE_BITS = 32
+#: The gate of the mix, a factor on rows of the memory that gives values, has so many bits.
+GATE_BITS = 8
 #: Normalised numbers, and the weights of norms, have this many bits after the point.
 NORM_BITS = 16
 #: Frequencies of the 256 bytes sum up to 2 to this power.

@@ -17,6 +17,7 @@ from fairseq_sha.portable.model import (
     CELLS,
     EXP_BITS,
     EXP_ENTRIES,
+    GATE_BITS,
     MIX_BITS,
     MOST_MEMORY,
     MOST_VALUE,
@@ -33,6 +34,7 @@ from fairseq_sha.portable.vector_products import (
     LANES,
     PAIRS,
     TILE,
+    mix_rows,
     tile_of_rows,
     tile_of_streams,
 )
@@ -45,7 +47,8 @@ ENCODE, DECODE, GENERATE = range(3)
 #: Bytes between two calls of ``progress``.
 BYTES_PER_CALL = 2048
 
-compiled = njit(cache=True, nogil=True)
+#: For what only compiled functions call. The wrappers for calls from Python take long to compile.
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 class Network(NamedTuple):
@@ -108,7 +111,7 @@ class State(NamedTuple):
 
     h: np.ndarray  # int32 [L, H, B]
     c: np.ndarray  # int32 [L, H, B]
-    memory: np.ndarray  # int16 [heads, B, rows, H], both filled up
+    memory: np.ndarray  # int8 [heads, B, rows, H], both filled up
     counts: np.ndarray  # int64 [2, B]: bytes read, and those of them that are not known
     coder: np.ndarray  # int64: low, range, position in the payload, code
     steps: np.ndarray  # int64 [1]
@@ -123,7 +126,7 @@ class State(NamedTuple):
     more_products: np.ndarray  # int32 [most rows, B]
     query: np.ndarray  # int16 [H]
     scores: np.ndarray  # int32 [rows]
-    shares: np.ndarray  # int32 [rows]
+    shares: np.ndarray  # int16 [rows]
     mix: np.ndarray  # int32 [H]
     weights: np.ndarray  # int64 [256]
     frequencies: np.ndarray  # int64 [256]
@@ -168,7 +171,7 @@ def start(model, streams):
     shapes = {
         "h": (np.int32, (layers, width, batch)),
         "c": (np.int32, (layers, width, batch)),
-        "memory": (np.int16, (heads, batch, rows, full)),
+        "memory": (np.int8, (heads, batch, rows, full)),
         "counts": (np.int64, (2, batch)),
         "coder": (np.int64, (4,)),
         "steps": (np.int64, (1,)),
@@ -183,7 +186,7 @@ def start(model, streams):
         "more_products": (np.int32, (most, batch)),
         "query": (np.int16, (full,)),
         "scores": (np.int32, (rows,)),
-        "shares": (np.int32, (rows,)),
+        "shares": (np.int16, (rows,)),
         "mix": (np.int32, (full,)),
         "weights": (np.int64, (256,)),
         "frequencies": (np.int64, (256,)),
@@ -193,28 +196,28 @@ def start(model, streams):
     return state
 
 
-@compiled
+@inner
 def clamp(x):
     return min(max(x, -MOST_VALUE), MOST_VALUE)
 
 
-@compiled
+@inner
 def sigmoid(table, x, fraction):
     index = (x >> (fraction - SIGMOID_BITS)) + SIGMOID_ENTRIES // 2
     return np.int64(table[min(max(index, 0), SIGMOID_ENTRIES - 1)])
 
 
-@compiled
+@inner
 def tanh(table, x, fraction):
     return 2 * sigmoid(table, 2 * x, fraction) - (1 << SHARE_BITS)
 
 
-@compiled
+@inner
 def exp_minus(table, x):
     return np.int64(table[x]) if x < EXP_ENTRIES else 0
 
 
-@compiled
+@inner
 def narrow(x, shift, limit, out):
     half = (1 << shift) >> 1
     for i in range(x.shape[0]):
@@ -222,7 +225,7 @@ def narrow(x, shift, limit, out):
             out[i >> 1, b, i & 1] = min(max((x[i, b] + half) >> shift, -limit), limit)
 
 
-@compiled
+@inner
 def product(weight, wide, x, rows, out):
     streams = out.shape[1]
     if streams == 1:
@@ -235,7 +238,7 @@ def product(weight, wide, x, rows, out):
                 tile_of_streams(out, wide, x, row, stream)
 
 
-@compiled
+@inner
 def to_values(products, multiplier, bias, shift):
     """``(products * multiplier + bias) >> shift``, in place."""
     for row in range(multiplier.shape[0]):
@@ -244,7 +247,7 @@ def to_values(products, multiplier, bias, shift):
             products[row, b] = clamp((products[row, b] * m + a) >> shift)
 
 
-@compiled
+@inner
 def isqrt(x):
     if x == 0:
         return x
@@ -260,7 +263,7 @@ def isqrt(x):
         root = less
 
 
-@compiled
+@inner
 def normalise(x, root_width, sums, out):
     """``x - mean`` divided by the standard deviation, with ``NORM_BITS`` bits after the point."""
     width, streams = x.shape
@@ -281,7 +284,7 @@ def normalise(x, root_width, sums, out):
             out[i, b] = ((x[i, b] - sums[0, b]) * sums[1, b]) >> (32 - NORM_BITS)
 
 
-@compiled
+@inner
 def affine(normal, weights, fraction, out):
     """The weights and biases of a norm."""
     shift = 2 * NORM_BITS - fraction
@@ -291,7 +294,7 @@ def affine(normal, weights, fraction, out):
             out[i, b] = clamp((normal[i, b] * m + a) >> shift)
 
 
-@compiled
+@inner
 def lstm(n, s, layer):
     """The input is in ``s.x`` and so is the output."""
     fraction, width, streams = n.numbers[4], s.x.shape[0], s.x.shape[1]
@@ -321,7 +324,7 @@ def lstm(n, s, layer):
             s.x[j, b] = h
 
 
-@compiled
+@inner
 def sru(n, s, layer):
     fraction, width, streams = n.numbers[4], s.x.shape[0], s.x.shape[1]
     narrow(s.x, n.cell_shifts[layer, 0], n.cell_limit[layer], s.narrow)
@@ -339,7 +342,7 @@ def sru(n, s, layer):
             s.x[j, b] = clamp(x + ((r * (c - x) + HALF_SHARE) >> SHARE_BITS))
 
 
-@compiled
+@inner
 def min_gru(n, s, layer):
     fraction, width, streams = n.numbers[4], s.x.shape[0], s.x.shape[1]
     narrow(s.x, n.cell_shifts[layer, 0], n.cell_limit[layer], s.narrow)
@@ -357,7 +360,7 @@ def min_gru(n, s, layer):
             s.x[j, b] = h
 
 
-@compiled
+@inner
 def attention(n, s, head):
     """The cell's output is in ``s.x``; the sum of its norm and of the attention replaces it."""
     width, streams = s.x.shape
@@ -400,26 +403,21 @@ def attention(n, s, head):
         while (total >> extra) >> MIX_BITS > 0:
             extra += 1
         total = 0
-        s.mix[:] = 0
         for row in range(rows):
             share = s.shares[row] >> extra
-            if share > 0:
-                total += share
-                add_row(s.mix, memory[row], np.int32(share))
+            s.shares[row] = share
+            total += share
+        # Rows after these are those of no step yet, and their shares are 0.
+        for column in range(0, memory.shape[1], PAIRS):
+            mix_rows(s.mix, memory, s.shares, rows, column)
         inverse = (np.int64(1) << 40) // total
         for i in range(width):
             mean = (s.mix[i] * inverse) >> 20
-            mixed = clamp((mean * n.value_gate[head, i]) >> (20 + NORM_BITS))
+            mixed = clamp((mean * n.value_gate[head, i]) >> (20 + GATE_BITS))
             s.x[i, b] = clamp(s.x[i, b] + mixed)
 
 
-@compiled
-def add_row(out, row, share):
-    for i in range(out.shape[0]):
-        out[i] += np.int32(row[i]) * share
-
-
-@compiled
+@inner
 def boom(n, s, layer):
     """``s.normal`` to ``s.y``."""
     fraction, width, streams = n.numbers[4], s.x.shape[0], s.x.shape[1]
@@ -440,7 +438,7 @@ def boom(n, s, layer):
             s.y[i, b] = clamp((sums[b] * out) >> (SHARE_BITS + NORM_BITS))
 
 
-@compiled
+@inner
 def step(n, s):
     """Read ``s.before``; logits are in the first rows of ``s.products``."""
     width, streams = s.x.shape
@@ -472,7 +470,7 @@ def step(n, s):
     to_values(s.products, n.head_multiplier[0], n.head_bias[0], n.head_shift[0])
 
 
-@compiled
+@inner
 def frequencies(n, s, b, temperature):
     """Of one stream, in ``s.frequencies``."""
     known = n.known.shape[0]
@@ -503,7 +501,7 @@ def frequencies(n, s, b, temperature):
     return each
 
 
-@compiled
+@inner
 def encode_byte(c, payload, first, frequency):
     """See :class:`~fairseq_sha.portable.coder.Encoder`; ``c`` is low, range, position."""
     part = c[1] >> TOTAL_BITS
@@ -525,7 +523,7 @@ def encode_byte(c, payload, first, frequency):
         c[1] <<= WORD_BITS
 
 
-@compiled
+@inner
 def next_payload_byte(c, payload):
     """Zeros after the end: nothing outside the array is read, whatever the payload."""
     place = c[2]
@@ -533,7 +531,7 @@ def next_payload_byte(c, payload):
     return np.int64(payload[place]) if place < payload.shape[0] else np.int64(0)
 
 
-@compiled
+@inner
 def decode_byte(c, payload, table):
     """See :class:`~fairseq_sha.portable.coder.Decoder`; ``c`` is unused, range, position, code."""
     part = c[1] >> TOTAL_BITS
@@ -551,7 +549,7 @@ def decode_byte(c, payload, table):
     return byte
 
 
-@compiled
+@njit(cache=True, nogil=True)
 def run(n, s, mode, data, length, payload, draws, temperature, steps):
     """Read some bytes of each stream.
 
@@ -593,7 +591,7 @@ def run(n, s, mode, data, length, payload, draws, temperature, steps):
                 s.counts[1, b] += 1
 
 
-@compiled
+@inner
 def draw(n, s, number, each):
     """One of the bytes that the model knows."""
     known = n.known.shape[0]

@@ -12,6 +12,7 @@ from fairseq_sha.portable import coder
 from fairseq_sha.portable.model import (
     EXP_BITS,
     EXP_ENTRIES,
+    GATE_BITS,
     MIX_BITS,
     MOST_MEMORY,
     MOST_VALUE,
@@ -43,7 +44,7 @@ class Reader:
         self.h = np.zeros((sizes.layers, streams, width), np.int64)
         self.c = np.zeros((sizes.layers, streams, width), np.int64)
         # A ring: row t mod window is that of step t. Sums of integers do not depend on the order.
-        self.memory = np.zeros((heads, streams, sizes.window, width), np.int16)
+        self.memory = np.zeros((heads, streams, sizes.window, width), np.int8)
         self.steps = 0
         #: Bytes read of each stream, and how many of them the model does not know.
         self.read = np.zeros(streams, np.int64)
@@ -131,7 +132,7 @@ class Reader:
         shares >>= np.maximum(bit_length(total) - MIX_BITS, 0)
         mix = np.einsum("bk,bkh->bh", shares, rows)
         mean = (mix * ((1 << 40) // shares.sum(1, keepdims=True))) >> 20
-        return clamp((mean * arrays.value_gate[head]) >> (20 + NORM_BITS))
+        return clamp((mean * arrays.value_gate[head]) >> (20 + GATE_BITS))
 
     def _boom(self, layer, x):
         """The sum of ``gelu(W x + b)`` over chunks; gelu(y) = silu(1.702 y) / 1.702, and the matrix
