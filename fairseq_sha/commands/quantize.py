@@ -65,6 +65,6 @@ def run(args):
     before = convert.float_bits(trained, parts) / len(valid)
     after = 8 * len(PortableModel(written).encode(valid, STREAMS)) / len(valid)
     print(
-        f"{len(valid):,} bytes of valid in {STREAMS} streams, bits per byte: {before:.4f} in float, "
-        f"{after:.4f} in integers ({after / before - 1:+.2%})"
+        f"{len(valid):,} bytes of valid in {STREAMS} streams, bits per byte: "
+        f"{before:.4f} in float, {after:.4f} in integers ({after / before - 1:+.2%})"
     )

@@ -1,7 +1,7 @@
-"""A range coder (G. N. N. Martin, 1979) in integers below 2^62, and how a block is cut into streams.
+"""A range coder (G. N. N. Martin, 1979) in integers, and how a block is cut into streams.
 
-``low`` and ``range`` have ``CODE_BITS`` bits; the range is kept at ``CODE_BITS - WORD_BITS`` bits or
-more by moving ``WORD_BITS`` bits at a time to the output, high byte first. A carry goes into the
+``low`` and ``range`` have ``CODE_BITS`` bits. The range is kept at ``CODE_BITS - WORD_BITS`` bits
+or more by moving ``WORD_BITS`` bits at a time to the output, high byte first. A carry goes into the
 bytes that are already there. Zeros follow after the end of the output, so that those at its end
 need not be stored.
 """

@@ -285,7 +285,7 @@ def float_bits(trained, parts):
 
 
 def text_of(trained, split, size):
-    """The first bytes of a split of the model's data folder, as many as there are up to ``size``."""
+    """The first bytes of a split of the model's data folder, up to ``size``."""
     trained.task.load_dataset(split)
     tokens = trained.task.dataset(split).tokens[1 : size + 1]
     return trained.codec.decode(np.array(tokens, np.int64))
