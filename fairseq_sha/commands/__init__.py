@@ -21,6 +21,7 @@ COMMANDS = {
     "lm-eval": "evaluate with EleutherAI's lm-evaluation-harness",
     "compress": "pack files",
     "decompress": "unpack them",
+    "quantize": "write a model in integers, the same on every machine",
     "export": "write a model as ONNX",
     "import-weights": "make a checkpoint from published weights",
     "flops": "count the floating-point operations of a model",

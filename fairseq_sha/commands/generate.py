@@ -4,6 +4,9 @@
 
 Writes the prompt, its continuation and a newline to standard output. A newline ends no text, and
 symbols that stand for no text are never chosen.
+
+--path may name a file of fairseq-sha quantize. Then no torch is needed, tokens are bytes, and a
+seed gives the same text on every machine.
 """
 
 import sys
@@ -52,6 +55,10 @@ def run(args):
     prompt = args.prompt.encode("utf-8", "surrogateescape")
     if args.prompt_file is not None:
         prompt = read_text(args.prompt_file)
+    from fairseq_sha import portable
+
+    if portable.is_portable_file(args.path):
+        return generate_in_integers(portable.load(args.path), args, prompt)
     model = load_model(args)
     symbols = len(model.dictionary)
     if (args.beam or 1) >= symbols // 2:
@@ -68,6 +75,21 @@ def run(args):
         out = sys.stdout.buffer
         out.write(shown + model.continuation(prompt, args.length, **options) + b"\n")
         out.flush()
+
+
+def generate_in_integers(model, args, prompt):
+    """What :func:`run` does with a :class:`~fairseq_sha.portable.PortableModel`."""
+    for name in ("top_k", "top_p", "beam"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}: not for a model in integers; leave it out, or name "
+                "the checkpoint"
+            )
+    for sample in range(args.samples):
+        seed = None if args.seed is None else args.seed + sample
+        drawn = model.generate(prompt, args.length, seed, args.temperature)
+        sys.stdout.buffer.write(prompt + drawn + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def generation_options(args):
