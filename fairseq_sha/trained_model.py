@@ -17,7 +17,7 @@ from fairseq_sha import compatibility
 from fairseq_sha.data.codecs import codec_from_state
 from fairseq_sha.errors import UserError
 from fairseq_sha.evaluation.evaluate import evaluate
-from fairseq_sha.evaluation.policies import Carried
+from fairseq_sha.evaluation.policies import Carried, Tokens
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 
 TASKS = ("byte_language_modeling", "segment_language_modeling")
@@ -42,7 +42,7 @@ class TrainedModel(GeneratorHubInterface):
         self.eval()
 
     @classmethod
-    def load(cls, path, data=None, cpu=False, overrides=None, allow_stock=False):
+    def load(cls, path, data=None, cpu=False, overrides=None, allow_stock=False, collapse=True):
         """The model of a checkpoint that fairseq wrote.
 
         Args:
@@ -52,6 +52,8 @@ class TrainedModel(GeneratorHubInterface):
             overrides (dict): settings of the model or its task to change
             allow_stock (bool): accept fairseq's own models too, which can be evaluated, and have no
                 ``decoder.read``
+            collapse (bool): compute over-parameterised vectors once and for all, which is faster;
+                weights that learn on must be those that were trained
 
         Raises:
             OSError: the file cannot be read
@@ -69,7 +71,7 @@ class TrainedModel(GeneratorHubInterface):
             cfg.common.cpu = cpu
             cfg.common.fp16 = cfg.common.bf16 = False
             cfg.task.data = data or cfg.task.data
-            if "collapse" in cfg.model:  # over-parameterised vectors: the same, and faster
+            if collapse and "collapse" in cfg.model:
                 cfg.model.collapse = True
             _override(cfg, overrides or {})
         saved = state.get("task_state") or {}
@@ -140,15 +142,15 @@ class TrainedModel(GeneratorHubInterface):
         features, state = self.decoder.read(tokens.to(self.device), state)
         return self.decoder.head.logits(features), state
 
-    def costs(self, data, progress=False):
+    def costs(self, data, progress=False, policy=None):
         """What a text costs.
-
-        It is read in segments of the length that the model was trained with, as by
-        ``fairseq-eval-lm``.
 
         Args:
             data (bytes): the text
             progress (bool): whether to show progress on standard error
+            policy (~fairseq_sha.evaluation.policies.Policy): how it is read (default: as one
+                stream, in segments of the length that the model was trained with, as by
+                ``fairseq-eval-lm``)
 
         Returns:
             the :class:`~fairseq_sha.evaluation.evaluate.Score`, whose bytes are those of the text;
@@ -158,8 +160,8 @@ class TrainedModel(GeneratorHubInterface):
         tokens = self.encode(data).numpy()
         if not len(tokens):
             return None, tokens, np.zeros(0, np.float32)
-        policy = Carried(1, self.cfg.task.tokens_per_sample)
-        text = _Text(np.append(self.codec.start, tokens))
+        policy = policy or Carried(1, self.cfg.task.tokens_per_sample)
+        text = Tokens(np.append(self.codec.start, tokens))
         score, nats = evaluate(self.models[0], text, "text", self.codec, policy, progress)
         return score._replace(bytes=len(data)), tokens, nats
 
@@ -168,16 +170,6 @@ class TrainedModel(GeneratorHubInterface):
         token of several bytes is spread evenly over them. Arguments as for :meth:`costs`."""
         _, _, nats = self.costs(data, progress)
         return self.codec.spread(data, nats / np.log(2))
-
-
-class _Text:
-    """Tokens in memory, for :func:`evaluate`."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __len__(self):
-        return len(self.tokens) - 1
 
 
 def _override(cfg, overrides):

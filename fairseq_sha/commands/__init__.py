@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "score": "the cost of each token of a text",
     "evaluate": "the score of a split of a data folder",
+    "tune-dynamic": "a learning rate for dynamic evaluation",
     "compress": "pack files",
     "decompress": "unpack them",
     "export": "write a model as ONNX",

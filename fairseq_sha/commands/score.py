@@ -5,6 +5,8 @@
 FILE may be - for standard input. Prints nats per token, bits per byte and perplexity of the whole
 text. For models of bytes also bits per byte of each kind of byte: letters that begin a word, other
 letters, digits, markup of XML and wiki, white space, other signs.
+
+--dynamic has the weights learn from the text while it is read, see fairseq-sha evaluate.
 """
 
 import html
@@ -12,7 +14,15 @@ import math
 import re
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, check_new, load_model, read_text
+from fairseq_sha.commands.common import (
+    add_dynamic_arguments,
+    add_model_arguments,
+    check_dynamic,
+    check_new,
+    dynamic_policy,
+    load_model,
+    read_text,
+)
 from fairseq_sha.files import write_atomically
 
 # A byte belongs to the first kind that matches. Bytes beyond ASCII are letters.
@@ -41,15 +51,18 @@ def add_arguments(parser):
     parser.add_argument("--per-line", action="store_true", help="print the cost of each line")
     parser.add_argument("--per-token", action="store_true", help="print the cost of each token")
     parser.add_argument("--html", type=Path, metavar="PICTURE", help="the text, coloured by cost")
+    add_dynamic_arguments(parser)
 
 
 def run(args):
     """Score and print."""
     if args.html:
         check_new([args.html])
+    check_dynamic(args)
     data = read_text(args.file)
     model = load_model(args)
-    score, tokens, nats = model.costs(data, progress=True)
+    policy = dynamic_policy(args, model) if args.dynamic else None
+    score, tokens, nats = model.costs(data, progress=True, policy=policy)
     name = "standard input" if str(args.file) == "-" else str(args.file)
     bits = model.codec.spread(data, nats / math.log(2))
     if args.per_token:

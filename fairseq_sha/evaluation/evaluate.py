@@ -53,7 +53,6 @@ def _exp(value):
         return math.inf
 
 
-@torch.no_grad()
 def token_losses(model, batch):
     """The cost of each target of a batch in nats, ``[B, T]``; those of padding mean nothing."""
     net_input, targets = inputs_of(model, batch)
@@ -82,7 +81,7 @@ def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_l
             predictions
         split (str): its name
         codec (~fairseq_sha.data.codecs.Codec): what its tokens stand for
-        policy (Carried or Sliding): how it is read
+        policy (~fairseq_sha.evaluation.policies.Policy): how it is read
         progress (bool): whether to show progress on standard error, if that is a terminal
         losses (callable): from the model and a batch to the cost of each target, ``[B, T]``
 
@@ -94,10 +93,11 @@ def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_l
     total = dict.fromkeys(("ntokens", "nbytes", "nwords"), 0)
     nats = 0.0
     disable = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable) as bar:
+    bar = tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable)
+    with bar, policy.reading(model, losses) as read:
         for index in range(len(batches)):
             batch = batches[index]
-            costs_of_batch = losses(model, batch).double().cpu().numpy()
+            costs_of_batch = read(batch).double().cpu().numpy()
             for row, (first, context, count) in enumerate(batches.rows(index)):
                 scored = costs_of_batch[row, context : context + count]
                 costs[first : first + count] = scored
