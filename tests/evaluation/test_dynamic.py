@@ -156,3 +156,198 @@ def test_statistics_equal_the_published_code(name):
         assert (roots[key] - expected[key]).abs().max() <= bound, key
         wanted = (rule.decay * normalised[key]).clamp(max=1)
         torch.testing.assert_close(share, wanted, atol=1e-4, rtol=1e-3, msg=key)
+
+
+# What holds for every family.
+
+CODEC = codec_of(24)
+
+
+def decoder_of(name):
+    """A small model of a family, with random weights."""
+    family = FAMILIES[name]
+    fields = {**family.tiny.model, **next(iter(family.tiny.variants.values()))}
+    task = SimpleNamespace(source_dictionary=CODEC.dictionary, cfg=SimpleNamespace())
+    return family.model.build_model(OmegaConf.structured(family.config(**fields)), task).eval()
+
+
+def few_symbols(size):
+    """A text in which a model that learns soon sees that there are few symbols."""
+    return Tokens(np.random.randint(4, 8, size))
+
+
+def costs_of(model, tokens, policy):
+    return evaluate(model, tokens, "test", CODEC, policy)[1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_learns_what_comes_and_forgets_it_afterwards(name):
+    model, tokens = decoder_of(name), few_symbols(81)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    static = costs_of(model, tokens, Carried(1, 10))
+    batches = Carried(1, 10).batches(tokens, "train", CODEC)
+    roots = collect(model, ((batches[i], batches.rows(i)) for i in range(2)))
+    for rule in (RMS(0.003, 0.01, 1e-3, roots), SGD(0.1, 0.01)):
+        policy = Dynamic(Carried(1, 10), rule)
+        dynamic = costs_of(model, tokens, policy)
+        assert dynamic[-20:].mean() < static[-20:].mean() - 0.3, rule
+        # The first segment is scored before anything is learnt from it.
+        np.testing.assert_allclose(dynamic[:10], static[:10], atol=1e-4)
+        # Learning begins anew. What comes later changes no score.
+        shorter = Tokens(tokens.tokens[:31])
+        assert np.array_equal(costs_of(model, shorter, policy), dynamic[:30])
+        np.testing.assert_allclose(
+            costs_of(model, Tokens(tokens.tokens[:36]), policy), dynamic[:35], atol=1e-4
+        )
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    for rule in (RMS(0.0, 0.1, 1e-3, roots), SGD(0.0, 0.1)):
+        assert np.array_equal(costs_of(model, tokens, Dynamic(Carried(1, 10), rule)), static)
+    # Steps too small to change a weight: only the kernels differ.
+    still = costs_of(model, tokens, Dynamic(Carried(1, 10), SGD(1e-30)))
+    np.testing.assert_allclose(still, static, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sha_rnn", "rotary_transformer"])
+@pytest.mark.parametrize("parts", [3, 70])
+def test_parts_are_independent(name, parts):
+    """Each costs what it costs alone."""
+    model, tokens = decoder_of(name), few_symbols(65)
+    one = Dynamic(Carried(1, 4), SGD(0.1, 0.01))
+    score, costs = evaluate(model, tokens, "test", CODEC, Dynamic(one.text, one.rule, parts))
+    sizes = [len(part) for part in np.array_split(np.arange(64), min(parts, 64))]
+    bounds = np.append(0, np.cumsum(sizes))
+    alone = [
+        costs_of(model, Tokens(tokens.tokens[a : b + 1]), one) for a, b in zip(bounds, bounds[1:])
+    ]
+    assert np.array_equal(costs, np.concatenate(alone))
+    assert score.tokens == score.bytes == 64
+    assert f"{parts} parts, each with its own weights" in score.policy
+
+
+# By hand.
+
+
+class Bigrams(FairseqDecoder):
+    """A model of a kind that fairseq has: it looks at the last token only."""
+
+    def __init__(self, dictionary):
+        super().__init__(dictionary)
+        self.logits = nn.Parameter(torch.randn(len(dictionary), len(dictionary)))
+        self.bias = nn.Parameter(torch.randn(len(dictionary)))
+
+    def forward(self, prev_output_tokens, src_lengths=None):
+        return self.logits[prev_output_tokens] + self.bias, None
+
+
+def by_hand(model, tokens, length, step):
+    """Costs of a bigram model, whose softmax has gradient ``p - y``.
+
+    Args:
+        length (int): predictions between two steps
+        step (callable): from weights, trained weights and gradients, by name, to new weights
+    """
+    trained = {"logits": model.decoder.logits, "bias": model.decoder.bias}
+    trained = {name: p.detach().double().numpy() for name, p in trained.items()}
+    weights, costs = trained, []
+    for start in range(0, len(tokens) - 1, length):
+        gradients = {name: np.zeros_like(p) for name, p in trained.items()}
+        pairs = list(zip(tokens[start:], tokens[start + 1 : start + 1 + length]))
+        for before, after in pairs:
+            scores = weights["logits"][before] + weights["bias"]
+            p = np.exp(scores) / np.exp(scores).sum()
+            costs.append(-np.log(p[after]))
+            p[after] -= 1
+            gradients["logits"][before] += p / len(pairs)
+            gradients["bias"] += p / len(pairs)
+        weights = {n: step(n, weights[n], trained[n], gradients[n]) for n in trained}
+    return costs
+
+
+ROOTS = {"logits": torch.rand(24, 24), "bias": torch.rand(24)}
+ROOTS["logits"][3] = 0
+MEAN = float(ROOTS["logits"].mean() + ROOTS["bias"].mean()) / 2
+
+
+def rms_step(name, w, w0, g):
+    root = ROOTS[name].double().numpy()
+    return w + np.minimum(0.7 * root / MEAN, 1) * (w0 - w) - 0.2 * g / (root + 0.1)
+
+
+@pytest.mark.parametrize(
+    "policy", [Carried(1, 7, has_state=False), Sliding(1, 5, 7)], ids=["segments", "windows"]
+)
+@pytest.mark.parametrize(
+    "rule, step",
+    [
+        (SGD(0.5), lambda n, w, w0, g: w - 0.5 * g),
+        (SGD(0.5, 0.3), lambda n, w, w0, g: w + 0.3 * (w0 - w) - 0.5 * g),
+        (RMS(0.2, 0.7, 0.1, {f"decoder.{n}": root for n, root in ROOTS.items()}), rms_step),
+    ],
+    ids=["sgd", "sgd with decay", "rms"],
+)
+def test_models_of_fairseq_learn_from_what_is_new(policy, rule, step):
+    """Windows overlap, and what was scored before is not learnt again."""
+    model = FairseqLanguageModel(Bigrams(CODEC.dictionary)).eval()
+    tokens = Tokens(np.random.randint(3, 24, 61))
+    expected = by_hand(model, tokens.tokens, 7, step)
+    actual = costs_of(model, tokens, Dynamic(policy, rule))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    static = costs_of(model, tokens, policy)
+    assert abs(static[7:] - expected[7:]).max() > 0.05
+
+
+def test_statistics_by_hand():
+    """Batches count alike; rows whose text has ended do not count."""
+    model = FairseqLanguageModel(Bigrams(CODEC.dictionary)).eval()
+    tokens = Tokens(np.random.randint(4, 24, 33))
+    batches = Carried(3, 6, has_state=False).batches(tokens, "train", CODEC)  # 11, 11, 10
+    roots = collect(model, ((batches[i], batches.rows(i)) for i in range(len(batches))))
+    squares = []
+    for segments in (((0, 6), (11, 17), (22, 28)), ((6, 11), (17, 22), (28, 32))):
+        places = np.concatenate([np.arange(*segment) for segment in segments])
+        inputs, targets = (torch.from_numpy(tokens.tokens[places + i]) for i in (0, 1))
+        logits = model.decoder.logits[inputs] + model.decoder.bias
+        loss = nn.functional.cross_entropy(logits, targets)
+        squares.append(torch.autograd.grad(loss, [model.decoder.logits, model.decoder.bias]))
+    for name, first, second in zip(("logits", "bias"), *squares):
+        expected = ((first**2 + second**2) / 2).sqrt()
+        torch.testing.assert_close(roots[f"decoder.{name}"], expected)
+
+
+# Adaptive Span: parameters with bounds, and a cache that depends on them.
+
+
+def test_bounded_parameters_stay_bounded():
+    model = decoder_of("adaptive_span")
+    learner = Learner(model, SGD(1e4))
+    spans = model.decoder.spans
+    for sign, bound in ((1, 0.0), (-1, 1.0)):
+        learner.learn(sign * spans().sum())
+        assert (spans() == bound).all()
+    learner.restore()
+    costs = costs_of(model, few_symbols(40), Dynamic(Carried(1, 8), SGD(0.1)))
+    assert np.isfinite(costs).all()
+
+
+def test_a_span_that_grows_finds_the_tokens_that_it_had_not_reached(monkeypatch):
+    family = FAMILIES["adaptive_span"]
+    fields = {**family.tiny.model, "attn_span": 200, "adapt_span_ramp": 2}
+    task = SimpleNamespace(source_dictionary=CODEC.dictionary, cfg=SimpleNamespace())
+    model = family.model.build_model(OmegaConf.structured(family.config(**fields)), task).eval()
+    tokens = few_symbols(201)
+
+    original = torch.autograd.grad
+
+    def growing(loss, parameters, **kwargs):
+        """Gradients by which the spans grow, and nothing else changes."""
+        return [
+            torch.full_like(p, -0.04) if p.shape == (2,) else torch.zeros_like(p)
+            for p in original(loss, parameters, **kwargs)
+        ]
+
+    monkeypatch.setattr(torch.autograd, "grad", growing)
+    policy = Dynamic(Carried(1, 8), SGD(1.0))
+    costs = costs_of(model, tokens, policy)
+    monkeypatch.setattr("fairseq_sha.models.adaptive_span.TRIM_TO_MULTIPLES_OF", 1000)
+    np.testing.assert_allclose(costs_of(model, tokens, policy), costs, atol=1e-5)
+    assert abs(costs_of(model, tokens, Carried(1, 8)) - costs).max() > 1e-3
