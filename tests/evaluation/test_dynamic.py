@@ -186,11 +186,11 @@ def test_every_family_learns_what_comes_and_forgets_it_afterwards(name):
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     static = costs_of(model, tokens, Carried(1, 10))
     batches = Carried(1, 10).batches(tokens, "train", CODEC)
-    roots = collect(model, ((batches[i], batches.rows(i)) for i in range(2)))
+    roots = collect(model, ((batches[i], batches.rows(i)) for i in range(8)))
     for rule in (RMS(0.003, 0.01, 1e-3, roots), SGD(0.1, 0.01)):
         policy = Dynamic(Carried(1, 10), rule)
         dynamic = costs_of(model, tokens, policy)
-        assert dynamic[-20:].mean() < static[-20:].mean() - 0.3, rule
+        assert dynamic[-20:].mean() < static[-20:].mean() - 0.05, rule
         # The first segment is scored before anything is learnt from it.
         np.testing.assert_allclose(dynamic[:10], static[:10], atol=1e-4)
         # Learning begins anew. What comes later changes no score.
@@ -208,19 +208,19 @@ def test_every_family_learns_what_comes_and_forgets_it_afterwards(name):
 
 
 @pytest.mark.parametrize("name", ["sha_rnn", "rotary_transformer"])
-@pytest.mark.parametrize("parts", [3, 70])
+@pytest.mark.parametrize("parts", [3, 20])
 def test_parts_are_independent(name, parts):
     """Each costs what it costs alone."""
-    model, tokens = decoder_of(name), few_symbols(65)
+    model, tokens = decoder_of(name), few_symbols(18)
     one = Dynamic(Carried(1, 4), SGD(0.1, 0.01))
     score, costs = evaluate(model, tokens, "test", CODEC, Dynamic(one.text, one.rule, parts))
-    sizes = [len(part) for part in np.array_split(np.arange(64), min(parts, 64))]
+    sizes = [len(part) for part in np.array_split(np.arange(17), min(parts, 17))]
     bounds = np.append(0, np.cumsum(sizes))
     alone = [
         costs_of(model, Tokens(tokens.tokens[a : b + 1]), one) for a, b in zip(bounds, bounds[1:])
     ]
     assert np.array_equal(costs, np.concatenate(alone))
-    assert score.tokens == score.bytes == 64
+    assert score.tokens == score.bytes == 17
     assert f"{parts} parts, each with its own weights" in score.policy
 
 
@@ -351,3 +351,180 @@ def test_a_span_that_grows_finds_the_tokens_that_it_had_not_reached(monkeypatch)
     monkeypatch.setattr("fairseq_sha.models.adaptive_span.TRIM_TO_MULTIPLES_OF", 1000)
     np.testing.assert_allclose(costs_of(model, tokens, policy), costs, atol=1e-5)
     assert abs(costs_of(model, tokens, Carried(1, 8)) - costs).max() > 1e-3
+
+
+# What users type.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), train=3000, valid=401, test=501)
+
+
+@pytest.fixture(scope="module")
+def path(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    done = command("fairseq-train", data, f"{SHA_RNN} --max-update 30 --save-dir {folder}")
+    assert done.returncode == 0, done.stdout
+    return folder / "checkpoint_last.pt"
+
+
+RMS_OPTIONS = "--dynamic rms --dynamic-lr 0.001 --dynamic-decay 0.01 --dynamic-epsilon 1e-4"
+FEW = "--statistics-segments 3 --statistics-streams 2 --dynamic-segment 20"
+
+
+def run(*words):
+    assert main([str(word) for part in words for word in str(part).split()]) == 0
+
+
+def test_evaluate_prints_the_dynamic_score_after_the_static_one(data, path, tmp_path, capsys):
+    words = ["evaluate", data, "--path", path, "--cpu --tokens-per-sample 20 --json"]
+    run(*words, tmp_path / "static.json")
+    static = capsys.readouterr().out
+    options = "--dynamic sgd --dynamic-lr 0.5 --dynamic-segment 20"
+    run(*words, tmp_path / "dynamic.json", options)
+    out = capsys.readouterr().out
+    run(*words, tmp_path / "still.json", options.replace("0.5", "0"))
+    plain, dynamic, still = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("static", "dynamic", "still")
+    )
+    assert out.splitlines()[0] == static.splitlines()[0] and len(out.splitlines()) == 2
+    assert "test, dynamic: " in out and "learning rate 0.5" in out and "segments of 20" in out
+    # Over-parameterised vectors are not collapsed, which may change the last digit.
+    assert dynamic["nats"] == pytest.approx(plain["nats"], rel=1e-6)
+    assert dynamic["dynamic"]["nats"] < dynamic["nats"]
+    assert sum(dynamic["dynamic"]["block_bits"]) == pytest.approx(
+        500 * dynamic["dynamic"]["bits_per_byte"], abs=0.01
+    )
+    assert still["dynamic"]["nats"] == still["nats"]
+    assert plain["dynamic"] is None
+
+
+def test_a_text_read_twice_costs_far_less_the_second_time(path, tmp_path, capsys):
+    words = "abcdefgh"
+    line = "".join(words[i] for i in np.random.randint(8, size=150)).encode()
+    (tmp_path / "text").write_bytes(line + b"\n" + line + b"\n")
+    costs = []
+    for options in ("", "--dynamic sgd --dynamic-lr 0.5 --dynamic-segment 5"):
+        run("score --cpu --per-line --path", path, tmp_path / "text", options)
+        lines = capsys.readouterr().out.splitlines()
+        costs.append([float(line.split("\t")[0]) for line in lines[:2]])
+    (_, static), (first, second) = costs
+    assert second < min(first, static) - 0.3
+    assert "dynamic evaluation, SGD" in lines[2]
+
+
+def test_statistics_are_collected_once_and_belong_to_one_model(data, path, tmp_path, capsys):
+    own = tmp_path / "checkpoint.pt"
+    shutil.copy(path, own)
+    statistics = tmp_path / "checkpoint.pt.dynamic.npz"
+    (tmp_path / "text").write_bytes(text(100))
+    score = ["score", tmp_path / "text", "--cpu", RMS_OPTIONS, "--dynamic-segment 20", "--path"]
+    assert main([str(word) for part in score for word in str(part).split()] + [str(own)]) == 1
+    assert "no such file; collect statistics" in capsys.readouterr().err
+    words = ["evaluate", data, "--cpu", RMS_OPTIONS, "--path", own]
+    run(*words, FEW)
+    out, written = capsys.readouterr().out, statistics.read_bytes()
+    run(*words, FEW)
+    assert capsys.readouterr().out == out and statistics.read_bytes() == written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", statistics.name, "text"]
+    run(*score, own)
+    with np.load(statistics, allow_pickle=False) as file:
+        assert any("value_gate.seed" in name for name in file.files)  # not collapsed
+
+    def refuses(message, *words):
+        capsys.readouterr()
+        assert main([str(word) for part in words for word in str(part).split()]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+    refuses("segment length 20, not 21", *words, FEW.replace("segment 20", "segment 21"))
+    refuses("streams 2, not 4", *words, FEW.replace("streams 2", "streams 4"))
+    refuses(
+        "statistics with checkpoint",
+        *words,
+        FEW,
+        "--dynamic-statistics",
+        statistics,
+        "--model-overrides {'dropout_output':0.5}",
+    )
+    for content in (b"", written[:500], written[:-200] + b"x" * 200, pickled(tmp_path)):
+        statistics.write_bytes(content)
+        refuses("damaged", *words, FEW)
+
+
+def pickled(folder):
+    np.savez(folder / "code.npz", settings=np.array({"a": 1}, dtype=object))
+    content = (folder / "code.npz").read_bytes()
+    (folder / "code.npz").unlink()
+    return content
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("--dynamic sgd", "needs --dynamic-lr"),
+        ("--dynamic-lr 0.1", "--dynamic-lr: needs --dynamic sgd or rms"),
+        ("--dynamic sgd --dynamic-lr 0.1 --dynamic-epsilon 1", "needs --dynamic rms"),
+        ("--dynamic sgd --dynamic-lr nan", "--dynamic-lr nan"),
+        ("--dynamic sgd --dynamic-lr -1", "--dynamic-lr -1.0"),
+        ("--dynamic sgd --dynamic-lr 0.1 --dynamic-decay 2", "--dynamic-decay 2.0"),
+        ("--dynamic rms --dynamic-lr 0.1 --dynamic-epsilon 0", "--dynamic-epsilon 0"),
+        ("--dynamic sgd --dynamic-lr 0.1 --dynamic-segment 0", "--dynamic-segment 0"),
+        ("--dynamic rms --dynamic-lr 0.1 --statistics-streams 0", "--statistics-streams 0"),
+        ("--dynamic sgd --dynamic-lr 0.1 --fit-temperature valid", "--fit-temperature"),
+        ("--dynamic sgd --dynamic-lr 0.1 --context-window 10", "--context-window"),
+    ],
+)
+def test_wrong_options_are_named(data, path, capsys, options, named):
+    words = ["evaluate", data, "--path", str(path), "--cpu", *options.split()]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert named in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
+    data, path, tmp_path, capsys
+):
+    own, folder = tmp_path / "checkpoint.pt", tmp_path / "table"
+    shutil.copy(path, own)
+    words = ["tune-dynamic", data, "--path", own, "--cpu", "--tokens 200", FEW, "--dynamic rms sgd"]
+    words += ["--dynamic-lr 0 0.001 0.1 1e9", "--dynamic-decay 0 0.01", "--score test"]
+    run(*words, "--out", folder, "--name small")
+    out = capsys.readouterr().out
+    (row,) = [json.loads(p.read_text()) for p in folder.glob("*.json")]
+    assert row["model"] == "small" and row["split"] == "test" and row["tuned_on"] in out
+    for rule in ("sgd", "rms"):
+        figures = row[rule]
+        points = {(lr, decay): bits for lr, decay, bits in figures["grid"]}
+        rates = [(lr, decay) for lr in (0.001, 0.1, 1e9) for decay in (0, 0.01)]
+        assert set(points) == {(0, 0), *rates}
+        finite = {point: bits for point, bits in points.items() if np.isfinite(bits)}
+        assert (figures["lr"], figures["decay"]) == min(finite, key=finite.get)
+        choice = re.search(rf"best: (--dynamic {rule} .*)", out)[1]
+        assert choice.startswith(f"--dynamic {rule} --dynamic-lr {figures['lr']:g}")
+        statistics = FEW if rule == "rms" else ""
+        run("evaluate", data, "--path", own, "--cpu --json", tmp_path / rule, choice, statistics)
+        score = json.loads((tmp_path / rule).read_text())["dynamic"]
+        assert score["nats"] == figures["nats"] and score["policy"] == figures["policy"]
+    assert row["sgd"]["nats"] < row["static"]["nats"]
+    header, _, line = (folder / "table.md").read_text().splitlines()
+    cells = dict(zip(header.split(" | "), line.split(" | ")))
+    for kind, title in (("static", "static"), ("sgd", "SGD"), ("rms", "RMS")):
+        assert cells[f"bits per byte, {title}"] == f"{row[kind]['bits_per_byte']:.3f}"
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("--tune-split test", "test is not for tuning"),
+        ("--score valid", "is what the rates are tuned on"),
+        ("--out folder", "name it with --score"),
+        ("--tokens 0", "--tokens 0"),
+    ],
+)
+def test_tuning_on_what_is_scored_is_refused(data, path, capsys, options, named):
+    words = ["tune-dynamic", data, "--path", str(path), "--cpu", "--dynamic", "sgd"]
+    assert main([*words, *options.split()]) == 1
+    assert named in capsys.readouterr().err
