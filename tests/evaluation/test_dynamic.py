@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,16 +14,14 @@ from torch import nn
 
 from fairseq_sha.commands import main
 from fairseq_sha.data.codecs import ByteCodec
-from fairseq_sha.errors import UserError
-from fairseq_sha.evaluation.dynamic import RMS, SGD, Dynamic, Learner, Statistics, collect
+from fairseq_sha.evaluation.dynamic import RMS, SGD, Dynamic, Learner, collect
 from fairseq_sha.evaluation.evaluate import evaluate, token_losses
 from fairseq_sha.evaluation.policies import Carried, Sliding, Tokens
 from fairseq_sha.models.family import FAMILIES
 from fairseq_sha.models.heads import SoftmaxHead
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 from fairseq_sha.ops.lstm import lstm
-from fairseq_sha.trained_model import TrainedModel
-from tests.commands import REPOSITORY, command
+from tests.commands import command
 from tests.conftest import golden_cases
 from tests.options import SHA_RNN
 from tests.tiny_corpus import text, write_folder
