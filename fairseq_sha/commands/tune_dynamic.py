@@ -86,9 +86,10 @@ def run(args):
 def check(args):
     """Raise a UserError for options that give no honest score, or none at all."""
     check_dynamic(args)
-    for option, split in (("tune-split", args.tune_split), ("score", args.score)):
-        if split and option == "tune-split" and split.startswith("test"):
-            raise UserError(f"--tune-split {split}: test is not for tuning; name another split")
+    if args.tune_split.startswith("test"):
+        raise UserError(
+            f"--tune-split {args.tune_split}: test is not for tuning; name another, such as valid"
+        )
     if args.score == args.tune_split:
         raise UserError(f"--score {args.score}: is what the rates are tuned on; name another split")
     if args.out and not args.score:
