@@ -19,8 +19,8 @@ import fairseq_sha
 from fairseq_sha import compatibility
 from fairseq_sha.data.codecs import PART, codec_from_state
 from fairseq_sha.errors import UserError
-from fairseq_sha.evaluation.evaluate import Tally, evaluate, token_losses
-from fairseq_sha.evaluation.policies import Carried
+from fairseq_sha.evaluation.evaluate import Tally, read_batches, token_losses
+from fairseq_sha.evaluation.policies import Carried, Tokens
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 
 TASKS = ("byte_language_modeling", "segment_language_modeling")
@@ -45,7 +45,7 @@ class TrainedModel(GeneratorHubInterface):
         self.eval()
 
     @classmethod
-    def load(cls, path, data=None, cpu=False, overrides=None, allow_stock=False):
+    def load(cls, path, data=None, cpu=False, overrides=None, allow_stock=False, collapse=True):
         """The model of a checkpoint that fairseq wrote.
 
         Args:
@@ -55,6 +55,8 @@ class TrainedModel(GeneratorHubInterface):
             overrides (dict): settings of the model or its task to change
             allow_stock (bool): accept fairseq's own models too, which can be evaluated, and have no
                 ``decoder.read``
+            collapse (bool): compute over-parameterised vectors once and for all, which is faster;
+                weights that learn on must be those that were trained
 
         Raises:
             OSError: the file cannot be read
@@ -72,7 +74,7 @@ class TrainedModel(GeneratorHubInterface):
             cfg.common.cpu = cpu
             cfg.common.fp16 = cfg.common.bf16 = False
             cfg.task.data = data or cfg.task.data
-            if "collapse" in cfg.model:  # over-parameterised vectors: the same, and faster
+            if collapse and "collapse" in cfg.model:
                 cfg.model.collapse = True
             _override(cfg, overrides or {})
         saved = state.get("task_state") or {}
@@ -154,9 +156,6 @@ class TrainedModel(GeneratorHubInterface):
     def costs(self, data, progress=False, **options):
         """What a text costs.
 
-        It is read in segments of the length that the model was trained with, as by
-        ``fairseq-eval-lm``.
-
         Args:
             data (bytes): the text
             progress (bool): whether to show progress on standard error, if that is a terminal
@@ -198,7 +197,7 @@ class Reading:
         losses (callable): the rule by which segments are scored, see
             :func:`~fairseq_sha.evaluation.evaluate.evaluate`; it is called for one segment after
             the other
-        policy (Carried): of one stream; None for segments as in training
+        policy (Carried or Dynamic): of one stream; None for segments as in training
     """
 
     def __init__(self, trained, chunks, losses=token_losses, policy=None):
@@ -218,6 +217,10 @@ class Reading:
         return score._replace(bytes=self._bytes) if score.tokens else None
 
     def __iter__(self):
+        with self.policy.reading(self._model, self._losses) as self._costs_of_batch:
+            yield from self._parts()
+
+    def _parts(self):
         length = self.policy.length
         waiting, costs = deque(), np.zeros(0, np.float32)
         unread = np.array([self.codec.start])  # and before them, the token that comes first
@@ -244,28 +247,10 @@ class Reading:
         """The costs of all tokens but the first, in the segments that come next."""
         if len(tokens) == 1:
             return np.zeros(0, np.float32)
-        policy = self.policy._replace(begun=self._segments)
+        policy = self.policy.after(self._segments)
         self._segments += -(-(len(tokens) - 1) // policy.length)
-        _, costs = evaluate(
-            self._model,
-            _Text(tokens),
-            "text",
-            self.codec,
-            policy,
-            losses=self._losses,
-            tally=self._tally,
-        )
-        return costs
-
-
-class _Text:
-    """Tokens in memory, for :func:`evaluate`."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __len__(self):
-        return len(self.tokens) - 1
+        batches = policy.batches(Tokens(tokens), "text", self.codec)
+        return read_batches(batches, self._costs_of_batch, len(tokens) - 1, self._tally)
 
 
 def _override(cfg, overrides):

@@ -19,6 +19,7 @@ COMMANDS = {
     "score": "the cost of each token of a text",
     "evaluate": "the score of a split of a data folder",
     "lm-eval": "evaluate with EleutherAI's lm-evaluation-harness",
+    "tune-dynamic": "a learning rate for dynamic evaluation",
     "compress": "pack files",
     "decompress": "unpack them",
     "quantize": "write a model in integers, the same on every machine",

@@ -9,13 +9,31 @@ The model may be one of fairseq's own, if it was trained with a task of this pac
 
 --fit-temperature SPLIT reads SPLIT first, such as valid, and finds the factor between 0.80 and 1.06
 by which all logits are multiplied best. The score with this factor is printed after the plain one.
+
+--dynamic also scores the split with weights that learn from each segment once it has been scored:
+
+    fairseq-sha evaluate DATA --path checkpoint.pt --dynamic sgd --dynamic-lr 0.05
+
+This dynamic score is printed after the static one, and is never in its place. Each of the
+--batch-size streams is read from its beginning to its end before the next one, and starts from the
+trained weights. With --context-window, windows are read one after the other, and the weights learn
+from the --dynamic-segment tokens after the context. rms needs statistics of train, which are
+collected once. fairseq-sha tune-dynamic finds the learning rate and the decay.
 """
 
 import json
 import time
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, check_new, load_model
+from fairseq_sha.commands.common import (
+    add_dynamic_arguments,
+    add_model_arguments,
+    add_statistics_arguments,
+    check_dynamic,
+    check_new,
+    dynamic_policy,
+    load_model,
+)
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -53,6 +71,8 @@ def add_arguments(parser):
         metavar="FILE",
         help=f"write the figures, and the bits of each {BLOCK:,} bytes of text, to a file",
     )
+    add_dynamic_arguments(parser)
+    add_statistics_arguments(parser)
 
 
 def run(args):
@@ -60,12 +80,36 @@ def run(args):
     if args.json:
         check_new([args.json])
     check_fit(args)
+    check_dynamic(args)
+    if args.dynamic and args.fit_temperature:
+        raise UserError(
+            "--fit-temperature: is fitted to weights that stay as they are; leave it or --dynamic "
+            "out"
+        )
     args.data_bin = args.data_bin or args.data
     trained = load_model(args, allow_stock=True)
     if args.fit_temperature:
         trained.task.load_dataset(args.fit_temperature)
+    policy_of(trained.task, args)  # raises an error if it cannot be so
+    dynamic = None
+    if args.dynamic:
+        dynamic = dynamic_policy(args, trained, args.context_window, args.batch_size)
     score, costs, sizes, seconds = evaluate_split(trained, args)
     print(f"{args.split}: {score}")
+    learned = None
+    if dynamic:
+        with_learning, costs_of_it, _, seconds_of_it = evaluate_split(trained, args, dynamic)
+        print(f"{args.split}, dynamic: {with_learning}")
+        learned = {
+            "rule": args.dynamic,
+            "lr": args.dynamic_lr,
+            "decay": dynamic.rule.decay,
+            "policy": with_learning.policy,
+            "nats": with_learning.nats,
+            "bits_per_byte": with_learning.bits_per_byte,
+            "seconds": round(seconds_of_it, 3),
+            "block_bits": bits_of_blocks(costs_of_it, sizes),
+        }
     fitted = None
     if args.fit_temperature:
         fit, with_fit = evaluate_fitted(trained, args)
@@ -84,21 +128,28 @@ def run(args):
             "streams": None if args.context_window else args.batch_size,
             "seconds": round(seconds, 3),
             "fitted_temperature": fitted,
+            "dynamic": learned,
             "block_bytes": BLOCK,
             "block_bits": bits_of_blocks(costs, sizes),
         }
         write_atomically(args.json, json.dumps(content) + "\n")
 
 
-def evaluate_split(trained, args):
-    """The score, the cost of each prediction in nats, the bytes that each stands for, and the
-    seconds that it took, without the time to load."""
+def evaluate_split(trained, args, policy=None):
+    """Read a split.
+
+    Args:
+        policy (~fairseq_sha.evaluation.policies.Policy): how (default: as the options say)
+
+    Returns:
+        the score, the cost of each prediction in nats, the bytes that each stands for, and the
+        seconds that it took, without the time to load
+    """
     from fairseq_sha.evaluation.evaluate import evaluate
 
     task, model = trained.task, trained.models[0]
-    policy = policy_of(task, args)
     task.load_dataset(args.split)
-    corpus = task.dataset(args.split)
+    corpus, policy = task.dataset(args.split), policy or policy_of(task, args)
     started = time.perf_counter()
     score, costs = evaluate(model, corpus, args.split, task.codec, policy, progress=True)
     seconds = time.perf_counter() - started

@@ -14,11 +14,20 @@ for each kind of byte, and the lines in which either model saves most.
 
 --html draws the text, each character coloured by its cost or by the difference of two models. A
 text of more than 200,000 bytes becomes a folder of pages, PICTURE_pages, with an index.html.
+
+--dynamic has the weights learn from the text while it is read, see fairseq-sha evaluate.
 """
 
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, check_new, load_model
+from fairseq_sha.commands.common import (
+    add_dynamic_arguments,
+    add_model_arguments,
+    check_dynamic,
+    check_new,
+    dynamic_policy,
+    load_model,
+)
 from fairseq_sha.errors import UserError
 
 
@@ -42,19 +51,25 @@ def add_arguments(parser):
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures, with --per-line of each line"
     )
+    add_dynamic_arguments(parser)
 
 
 def run(args):
     """Score and print."""
     if args.against and args.per_token:
         raise UserError("--per-token: --against compares bytes, not tokens; use --per-line")
+    if args.against and args.dynamic:
+        raise UserError("--dynamic: --against compares static scores; leave one out")
+    check_dynamic(args)
     check_new(path for path in (args.html, args.json) if path)
     from fairseq_sha.reading import picture, scoring, texts
 
     with texts.opened(args.file) as text:
         if args.html:
             check_new([picture.place_of(args.html, text.size)])
-        readers = [scoring.Reader(load_model(args), args.path)]
+        model = load_model(args)
+        policy = dynamic_policy(args, model) if args.dynamic else None
+        readers = [scoring.Reader(model, args.path, policy=policy)]
         if args.against:
             args.path, args.data_bin = args.against, None
             args.model_overrides = args.against_overrides

@@ -71,7 +71,6 @@ def _exp(value):
         return math.inf
 
 
-@torch.no_grad()
 def token_losses(model, batch):
     """The cost of each target of a batch in nats, ``[B, T]``; those of padding mean nothing."""
     net_input, targets = inputs_of(model, batch)
@@ -91,7 +90,7 @@ def inputs_of(model, batch):
     return net_input, batch["target"].to(device)
 
 
-def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_losses, tally=None):
+def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_losses):
     """Read a split.
 
     Args:
@@ -100,28 +99,45 @@ def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_l
             predictions
         split (str): its name
         codec (~fairseq_sha.data.codecs.Codec): what its tokens stand for
-        policy (Carried or Sliding): how it is read
+        policy (~fairseq_sha.evaluation.policies.Policy): how it is read
         progress (bool): whether to show progress on standard error, if that is a terminal
         losses (callable): from the model and a batch to the cost of each target, ``[B, T]``
-        tally (Tally): of what was read before, to which this is added; None for nothing
 
     Returns:
-        the :class:`Score`, with what was read before, and the cost of each prediction in nats,
-        float32 ``[len(corpus)]``
+        the :class:`Score`, and the cost of each prediction in nats, float32 ``[len(corpus)]``
     """
-    batches = policy.batches(corpus, split, codec)
-    costs = np.full(len(corpus), np.nan, dtype=np.float32)
-    tally = Tally() if tally is None else tally
+    tally = Tally()
     disable = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable) as bar:
-        for index in range(len(batches)):
-            batch = batches[index]
-            costs_of_batch = losses(model, batch).double().cpu().numpy()
-            nats = 0.0
-            for row, (first, context, count) in enumerate(batches.rows(index)):
-                scored = costs_of_batch[row, context : context + count]
-                costs[first : first + count] = scored
-                nats += float(scored.sum())
-            tally.add(batch, nats)
-            bar.update(batch["ntokens"])
+    bar = tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable)
+    with bar, policy.reading(model, losses) as read:
+        batches = policy.batches(corpus, split, codec)
+        costs = read_batches(batches, read, len(corpus), tally, bar.update)
     return tally.score(policy), costs
+
+
+def read_batches(batches, read, predictions, tally, progress=None):
+    """Read a text, or one part of it after the other.
+
+    Args:
+        batches: of a policy
+        read (callable): what the policy's ``reading`` yields
+        predictions (int): of the text or its part
+        tally (Tally): to which the text is added
+        progress (callable): is given the number of tokens after each batch; or None
+
+    Returns:
+        the cost of each prediction in nats, float32 ``[predictions]``
+    """
+    costs = np.full(predictions, np.nan, dtype=np.float32)
+    for index in range(len(batches)):
+        batch = batches[index]
+        costs_of_batch = read(batch).double().cpu().numpy()
+        nats = 0.0
+        for row, (first, context, count) in enumerate(batches.rows(index)):
+            scored = costs_of_batch[row, context : context + count]
+            costs[first : first + count] = scored
+            nats += float(scored.sum())
+        tally.add(batch, nats)
+        if progress is not None:
+            progress(batch["ntokens"])
+    return costs
