@@ -22,6 +22,7 @@ COMMANDS = {
     "decompress": "unpack them",
     "export": "write a model as ONNX",
     "import-weights": "make a checkpoint from published weights",
+    "published": "published results, with parameters, recipes and commands",
     "flops": "count the floating-point operations of a model",
     "compare": "train and evaluate models under one budget",
     "report": "a page about comparisons",
