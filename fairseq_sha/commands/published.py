@@ -41,11 +41,11 @@ def page(folder):
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder of configs with published results")
     tables = flops.read(path)["tables"]
-    rows = [Row(folder, row) for table in tables for row in table["rows"]]
-    parts = []
+    parts, rows = [], []
     for table in tables:
-        own = [row for row in rows if row["name"] in {r["name"] for r in table["rows"]}]
+        own = [Row(folder, row) for row in table["rows"]]
         parts.append(f"### {table['title']}\n\n{markdown(RESULTS, [row.results() for row in own])}")
+        rows += own
     parts.append(f"### Recipes\n\n{markdown(RECIPES, [row.recipe() for row in rows])}")
     commands = "\n\n".join(row.commands() for row in rows)
     parts.append(f"### Commands\n\n```\n{commands}\n```")
@@ -57,7 +57,6 @@ RESULTS = [
     *("published parameters", "parameters here", "symbols", "checked against"),
 ]
 RECIPES = ["NAME", "optimiser", "learning rate", "clip", "length", "streams x tokens", "evaluation"]
-
 
 #: Of an evaluation, unless its settings say otherwise: as in ``fairseq-sha compare``.
 STREAMS = 8
