@@ -56,7 +56,9 @@ def _forward(eps, from_input, h0, c0, weight, gain, bias, cell_gain, cell_bias):
     all_gates = from_input.clone(memory_format=torch.contiguous_format)
     products = torch.zeros_like(all_gates)
     states, cells = (h0.new_empty(*from_input.shape[:2], width) for _ in range(2))
-    transposed = weight.t().contiguous()
+    transposed = weight.t()
+    if len(from_input) > 1:  # a single step would take less time than the copy
+        transposed = transposed.contiguous()
     h, c = h0, c0
     steps = zip(*(tensor.unbind() for tensor in (products, all_gates, states, cells)))
     for product_t, gates, h_t, c_t in steps:
@@ -102,14 +104,16 @@ class _LayerNormLSTM(torch.autograd.Function):
         # Of h_t with respect to the cell's norm; then the gradient of that norm's output.
         grad_cell_norms = torch.ops.aten.tanh_backward(o, tanh)
         grad_products = torch.empty_like(all_gates)
-        for t in reversed(range(len(states))):
-            grad_h = grad_h + grad_states[t]
-            grad_c = grad_c + cell_norm.backward(t, grad_cell_norms[t].mul_(grad_h))
-            grad_gates = slopes[t]
-            grad_gates[:, : 3 * width].unflatten(1, (3, width)).mul_(grad_c.unsqueeze(1))
-            grad_gates[:, 3 * width :].mul_(grad_h)
-            grad_c = grad_c * f[t]
-            grad_product = grad_products[t].copy_(product_norm.backward(t, grad_gates))
+        of_cell = slopes.unflatten(2, (4, width))[:, :, :3]
+        tensors = grad_states, grad_cell_norms, slopes, of_cell, of_o, f, grad_products
+        steps = list(enumerate(zip(*(tensor.unbind() for tensor in tensors))))
+        for t, (grad_h_t, grad_norm, gates, of_c, of_h, f_t, grad_product) in reversed(steps):
+            grad_h = grad_h + grad_h_t
+            grad_c = grad_c + cell_norm.backward(t, grad_norm.mul_(grad_h))
+            of_c.mul_(grad_c.unsqueeze(1))
+            of_h.mul_(grad_h)
+            grad_c = grad_c * f_t
+            grad_product.copy_(product_norm.backward(t, gates))
             grad_h = product(grad_product, weight)
         before = torch.cat([h0[None], states[:-1]])
         grad_weight = weight_gradient(grad_products, before, weight.dtype)
@@ -129,17 +133,18 @@ class _Norm:
         self.x, self.vectors = x, (gain, bias)
         self.output, *statistics = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
         self.statistics = statistics
+        self.steps = list(zip(*(tensor.unbind() for tensor in (x, *statistics))))
 
     def backward(self, t, gradient):
         """The gradient of step ``t`` of ``x``, ``[B, N]``, from that of the output."""
-        return self._backward(gradient, self.x[t], [s[t] for s in self.statistics], 0)[0]
+        x, *statistics = self.steps[t]
+        return self._backward(gradient, x, statistics, [True, False, False])[0]
 
     def of_parameters(self, gradient):
         """The gradients of gain and bias from that of the output ``[T, B, N]``."""
-        return self._backward(gradient, self.x, self.statistics, 1)[1:]
+        return self._backward(gradient, self.x, self.statistics, [False, True, True])[1:]
 
     def _backward(self, gradient, x, statistics, wanted):
-        mask = [not wanted, bool(wanted), bool(wanted)]
         return torch.ops.aten.native_layer_norm_backward(
-            gradient, x, self.vectors[0].shape, *statistics, *self.vectors, mask
+            gradient, x, self.vectors[0].shape, *statistics, *self.vectors, wanted
         )
