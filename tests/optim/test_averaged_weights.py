@@ -12,7 +12,7 @@ from fairseq_sha.optim.averaged_weights import AveragedWeights, non_monotone, st
 from fairseq_sha.tasks.segment_language_modeling import SegmentLanguageModelingTask
 from tests.commands import command, logged_losses
 from tests.options import SHA_RNN
-from tests.test_workers import NO_DROPOUT, SGD, same_weights, train_with_workers
+from tests.test_workers import NO_DROPOUT, same_weights, train_with_workers
 from tests.tiny_corpus import write_folder
 
 
@@ -234,7 +234,7 @@ def test_update_whose_gradients_overflow_is_not_averaged():
 def test_two_workers_average_as_one_does(data, tmp_path):
     """And go on from their checkpoint with the weights that are trained."""
     average = "--average-weights stalled --average-patience 99 --average-latest 2"
-    options = f"{NO_DROPOUT['SHARNN']} {SGD} {average} --max-update 12 --save-interval-updates 4"
+    options = f"{NO_DROPOUT['SHARNN']} {average} --max-update 12 --save-interval-updates 4"
     one = command("fairseq-train", data, f"{options} --save-dir {tmp_path / 'one'}")
     assert one.returncode == 0, one.stdout
     half = options.replace("--batch-size 4", "--batch-size 2")
