@@ -25,6 +25,7 @@ COMMANDS = {
     "quantize": "write a model in integers, the same on every machine",
     "export": "write a model as ONNX",
     "import-weights": "make a checkpoint from published weights",
+    "published": "published results, with parameters, recipes and commands",
     "flops": "count the floating-point operations of a model",
     "compare": "train and evaluate models under one budget",
     "report": "a page about comparisons",
