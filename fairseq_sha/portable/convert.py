@@ -38,6 +38,8 @@ def check(trained):
         what = f"--cell {cfg.cell}"
     elif decoder.bands is not None:
         what = "a model with --cutoffs"
+    elif decoder.ngrams is not None:
+        what = "a model with --ngram-orders"
     if what:
         raise UserError(f"{what} has no integer form; {SUPPORTED} has one")
     for name, most in form.MOST_SIZES.items():
