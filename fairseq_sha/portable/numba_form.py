@@ -549,6 +549,8 @@ def decode_byte(c, payload, table):
     return byte
 
 
+# numba looks only at this file to see if what it keeps is still right. After a change of constants
+# or of vector_products.py alone, remove the __pycache__ beside it.
 @njit(cache=True, nogil=True)
 def run(n, s, mode, data, length, payload, draws, temperature, steps):
     """Read some bytes of each stream.
