@@ -48,6 +48,8 @@ class PortableModel:
         self.model = model
         #: 8 bytes that differ between models.
         self.identity = model.identity
+        #: Of the installation that a packed file is bound to: none.
+        self.build = bytes(8)
         self._form = (form or _fastest_form())(model)
 
     def encode(self, data, streams, progress=None):
