@@ -251,7 +251,6 @@ def test_options_are_checked_before_the_work(option, message, capsys):
 
 
 def test_portable_model_packs_and_unpacks_without_torch(path, tmp_path):
-    pytest.importorskip("fairseq_sha.commands.quantize", reason="there are no portable models yet")
     model = str(tmp_path / "model")
     data = write_folder(tmp_path)
     options = ["--path", path, "--data", data, "--out", model, "--sample", "0"]

@@ -89,9 +89,9 @@ def run(args):
         raise UserError("packed data is not written to a terminal; redirect it, or use --force")
 
     def check(path):
+        check_source(path)
         if path.suffix == SUFFIX and not args.force:
             raise Skipped(f"{path}: ends in {SUFFIX} already; --force packs it again")
-        check_source(path)
         target_of(args, path, packed_path(path))
 
     ready, status = for_each(args.files, check)

@@ -66,10 +66,10 @@ def run(args):
         return None if args.test else target_of(args, path, path.with_suffix(""))
 
     def check(path):
+        check_source(path)
         to_stdout = args.stdout or path == STANDARD
         if path.suffix != SUFFIX and not (to_stdout or args.test):
             raise Skipped(f"{path}: does not end in {SUFFIX}; rename it, or use --stdout")
-        check_source(path)
         target(path)
 
     ready, status = for_each(args.files, check)
