@@ -5,6 +5,7 @@ and blocks are numbered, so that damage loses a block and is named. Files are re
 block at a time. ``examples/compression/README.md`` specifies the format.
 """
 
+import re
 import struct
 import zlib
 from typing import NamedTuple, Protocol
@@ -14,6 +15,7 @@ from fairseq_sha.errors import UserError
 MAGIC = b"SHAC"
 VERSION = 2
 BLOCK_MARKER, END_MARKER = b"SHAB", b"SHAE"
+MARKERS = re.compile(BLOCK_MARKER + b"|" + END_MARKER)
 #: Kinds of models: one that computes the same everywhere, and one that its build computes.
 PORTABLE, BOUND = 1, 2
 
@@ -164,9 +166,14 @@ def _default_streams(size):
     return min(STREAMS, -(-size // BYTES_PER_STREAM))
 
 
+def stream_length(size, streams):
+    """Bytes of each stream of a block but the last ones, which may be shorter or empty."""
+    return -(-size // streams)
+
+
 def stream_sizes(size, streams):
-    """Bytes of each stream of a block: a list. The last ones may be shorter or empty."""
-    length = -(-size // streams)
+    """Bytes of each stream of a block: a list."""
+    length = stream_length(size, streams)
     return [min(length, max(0, size - i * length)) for i in range(streams)]
 
 
@@ -196,10 +203,10 @@ class Reader:
         """Raise a UserError unless a :class:`BlockCoder` has the model that packed the file."""
         if self.header.identity == coder.identity:
             return
-        if self.header.kind == PORTABLE and any(coder.build):
+        if self.header.kind == PORTABLE:
             raise UserError(
-                "was compressed with a portable model; name the file that fairseq-sha quantize "
-                "wrote"
+                "was compressed with another model, a portable one; name the file that "
+                "fairseq-sha quantize wrote"
             )
         raise UserError("was compressed with another model; name its checkpoint")
 
@@ -232,7 +239,7 @@ class Reader:
             :class:`Sizes`, and what was left out: list of str
 
         Raises:
-            UserError: something is damaged, without ``recover``
+            UserError: something is damaged, without ``recover``. Blocks before it were written
         """
         damage = []
         report = damage.append if recover else _refuse
@@ -247,6 +254,7 @@ class Reader:
             target.write(data)
             size += len(data)
             checksum = zlib.crc32(data, checksum)
+            del data, payload  # before the next block is in memory
         if not damage and (size, checksum) != (self._end.size, self._end.checksum):
             report("the blocks are not those of one file")
         return Sizes(size, self._window.position), damage
@@ -313,6 +321,7 @@ class Reader:
                 len(payload) == record.packed_size
             ):
                 yield record, payload
+                del payload
                 lost = number + 1
                 complete = record.size < self.header.block_size  # only the last block is shorter
                 continue
@@ -340,7 +349,7 @@ class Reader:
             if record is not None:
                 self._window.take((END if isinstance(record, End) else BLOCK).size + CHECKSUM.size)
                 return record, skipped
-            passed = self._window.skip_to(BLOCK_MARKER, END_MARKER)
+            passed = self._window.skip_to_marker()
             skipped += passed
             if not passed:
                 return None, skipped
@@ -403,7 +412,8 @@ class _Window:
     def peek(self, count):
         """The next bytes, fewer at the end of the stream."""
         self._fill(count)
-        return bytes(self._buffer[:count])
+        with memoryview(self._buffer) as buffer:
+            return bytes(buffer[:count])
 
     def take(self, count):
         """The same, and move on."""
@@ -420,15 +430,17 @@ class _Window:
         self._buffer[:0] = data
         self.position -= len(data)
 
-    def skip_to(self, *markers):
-        """Move on, by one byte at least, to the next of some markers of equal length, or to the
-        end of the stream; returns the number of bytes passed."""
-        before, kept = self.position, len(markers[0]) - 1
+    def skip_to_marker(self):
+        """Move on, by one byte at least, to the next marker or to the end of the stream; returns
+        the number of bytes passed."""
+        before, kept = self.position, len(BLOCK_MARKER) - 1
         start = 1
         while True:
-            found = [at for at in (self._buffer.find(m, start) for m in markers) if at >= 0]
+            # Both markers in one search: otherwise each step could look for the one that is far
+            # away in all of the buffer.
+            found = MARKERS.search(self._buffer, start)
             if found:
-                self._drop(min(found))
+                self._drop(found.start())
                 break
             # A marker may have begun in the last bytes.
             self._drop(max(start, len(self._buffer) - kept) if self._buffer else 0)

@@ -1,5 +1,6 @@
 """``fairseq-sha compress`` and ``decompress``, with a stand-in for the model."""
 
+import errno
 import fcntl
 import io
 import os
@@ -133,6 +134,16 @@ def test_exit_status_of_an_error_wins(file, tmp_path):
     assert run("compress", missing, file) == 1
     assert run("compress", missing, file) == 1  # and a warning, since file.shac exists
     assert run("compress", file) == 2
+
+
+def test_disk_that_is_full_names_the_file(file, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packed_file, "pack", full)
+    assert run("compress", file) == 1
+    assert _error(capsys) == f"error: {file}: No space left on device\n"
+    assert os.listdir(file.parent) == ["file"]
 
 
 def test_another_installation_is_a_warning(file, portable, capsys):
@@ -335,7 +346,7 @@ def test_portable_model_has_no_settings(packed, file, command, option, capsys):
 
 @pytest.mark.parametrize("number", ["", "K", "1.5M", "-1", "4T", "many"])
 def test_byte_counts(number, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="^1$"):  # 2 is a warning
         run("compress", f"--block-size={number}", "x")
     assert "is not a number of bytes, such as 4096 or 4M" in _error(capsys)
 
@@ -368,10 +379,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path, size, limit):
 def test_big_block_needs_no_more_memory_than_it_says():
     """Unpacking needs ``MEMORY_PER_BYTE`` for each byte of a block, beside the program itself."""
     size = 1 << 25
-    for path, content in (("zlib", bytes(size)), ("store", bytes(size))):
+    for path in ("zlib", "store"):
         coder = stand_in_compress.portable().load(path)
         packed = io.BytesIO()
-        packed_file.pack(coder, io.BytesIO(content), packed, block_size=size)
+        packed_file.pack(coder, io.BytesIO(bytes(2 * size)), packed, block_size=size)
         command = [*PROGRAM, "decompress", "--path", path, "-t"]
         done = subprocess.run(
             command, input=packed.getvalue(), capture_output=True, cwd=str(REPOSITORY)

@@ -279,10 +279,11 @@ def test_content_that_decodes_to_something_else():
 
 def test_header():
     other = StandInCoder(identity=b"another1")
-    with pytest.raises(UserError, match="compressed with another model; name its checkpoint"):
-        unpack(PACKED, other)
-    with pytest.raises(UserError, match="portable model; name the file that fairseq-sha quantize"):
-        unpack(PACKED, StandInCoder(build=b"b" * 8, identity=b"another1"))
+    for coder in (other, StandInCoder(build=b"b" * 8, identity=b"another1")):
+        with pytest.raises(UserError, match="another model, a portable one; name the file that"):
+            unpack(PACKED, coder)
+        with pytest.raises(UserError, match="another model; name its checkpoint"):
+            unpack(pack(DATA, StandInCoder(build=b"b" * 8)), coder)
     reader = Reader(io.BytesIO(pack(b"", StandInCoder(build=b"buildnum"))))
     assert not reader.is_of_other_build(StandInCoder(build=b"buildnum"))
     assert reader.is_of_other_build(StandInCoder(build=b"buildno2"))
@@ -465,3 +466,22 @@ def test_memory_is_not_reserved_for_bytes_that_are_not_there():
             [sys.executable, "-c", code], input=content, capture_output=True, cwd=str(REPOSITORY)
         )
         assert b"(None, ['cut off in block 1: " in done.stdout, done.stderr
+
+
+def test_markers_everywhere_do_not_take_forever():
+    """One marker many times, and never the other: each must not be searched to the end."""
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
+        "from fairseq_sha.packed_file import Reader\n"
+        "print(Reader(sys.stdin.buffer).survey())\n"
+    )
+    content = packed_file.BLOCK_MARKER * (1 << 18)
+    damaged = block(1, len(content), b"", packed_size=len(content)) + content
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=header(block_size=len(content)) + damaged,
+        capture_output=True,
+        cwd=str(REPOSITORY),
+    )
+    assert b"(None, ['cut off in block 1: " in done.stdout, done.stderr

@@ -66,9 +66,17 @@ def _message(error):
     return error.strerror if error.errno == errno.ENOSPC else None
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is an error as any other: 1, not 2, which is the exit status of a warning."""
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: error: {message}\n")
+
+
 def parse(argv):
     """The options of the command that is named first; only its module is imported."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fairseq-sha", description="Use and compare language models that fairseq has trained."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

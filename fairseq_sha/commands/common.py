@@ -239,18 +239,31 @@ def load_coder(args, threads=1):
     Raises:
         UserError: there is no such model, or an option is wrong
     """
-    from fairseq_sha import portable
-
-    if portable.is_portable_file(args.path):
-        for option in ("data_bin", "user_dir", "model_overrides"):
-            if getattr(args, option) not in (None, "{}"):
-                name = option.replace("_", "-")
-                raise UserError(f"--{name}: a portable model holds all of its settings; remove it")
-        return portable.load(args.path)
+    model = load_portable(args)
+    if model is not None:
+        return model
     from fairseq_sha import compression
 
     compression.check_packages()
     return compression.ModelCoder(load_model(args), threads)
+
+
+def load_portable(args):
+    """The :class:`~fairseq_sha.portable.PortableModel` that :func:`add_model_arguments` names; None
+    if the file is something else, such as a checkpoint.
+
+    Raises:
+        UserError: it is damaged, or an option is not for it
+    """
+    from fairseq_sha import portable
+
+    if not portable.is_portable_file(args.path):
+        return None
+    for option in ("data_bin", "user_dir", "model_overrides"):
+        if getattr(args, option) not in (None, "{}"):
+            name = option.replace("_", "-")
+            raise UserError(f"--{name}: a portable model holds all of its settings; remove it")
+    return portable.load(args.path)
 
 
 def import_plugin(args):
@@ -298,3 +311,15 @@ def check_new(paths):
 def read_text(path):
     """The bytes of a file; ``-`` is standard input."""
     return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+
+
+def progress_bar(name, total=None):
+    """Shows on standard error how many bytes are done, if it is a terminal.
+
+    Args:
+        name (str): what is read
+        total (int): its bytes, if they are known
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None)

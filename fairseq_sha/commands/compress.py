@@ -25,7 +25,7 @@ import traceback
 from pathlib import Path
 
 from fairseq_sha import packed_file
-from fairseq_sha.commands.common import add_model_arguments, check_new, load_coder
+from fairseq_sha.commands.common import add_model_arguments, check_new, load_coder, progress_bar
 from fairseq_sha.errors import UserError, wants_traceback
 from fairseq_sha.files import unfinished
 
@@ -102,12 +102,11 @@ def run(args):
     def compress(path):
         target = target_of(args, path, packed_path(path))
         total = None if path == STANDARD else path.stat().st_size
-        with opened(path) as source, writing(path, target) as output, Progress(
-            path.name, total
-        ) as bar:
-            sizes = packed_file.pack(
-                coder, source, output, args.block_size, args.streams, bar.update
-            )
+        with opened(path) as source, writing(path, target) as output:
+            with progress_bar(path.name, total) as bar:
+                sizes = packed_file.pack(
+                    coder, source, output, args.block_size, args.streams, bar.update
+                )
         if not to_stdout:
             original, packed = sizes
             rate = f", {8 * packed / original:.3f} bits per byte" if original else ""
@@ -173,26 +172,6 @@ def writing(source, target):
             yield output
 
 
-class Progress:
-    """Shows on standard error how many bytes are done, if it is a terminal.
-
-    Args:
-        name (str): what is read
-        total (int): its bytes, if they are known
-    """
-
-    def __init__(self, name, total):
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None)
-
-    def __enter__(self):
-        return self.bar
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-
 def for_each(paths, function):
     """Call a function for each path. An error is shown, and the others are still done.
 
@@ -214,8 +193,9 @@ def for_each(paths, function):
         except (UserError, OSError) as error:
             if wants_traceback():
                 traceback.print_exc()
-            named = isinstance(error, UserError) or error.filename is None
-            message = error if named else f"{error.filename}: {error.strerror}"
+            message = error
+            if isinstance(error, OSError):
+                message = f"{error.filename or path}: {error.strerror or error}"
             skipped = isinstance(error, Skipped)
             print(f"{'warning' if skipped else 'error'}: {message}", file=sys.stderr)
             status = worst(status, WARNING if skipped else ERROR)

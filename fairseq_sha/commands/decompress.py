@@ -16,13 +16,12 @@ import os
 import sys
 
 from fairseq_sha import packed_file
-from fairseq_sha.commands.common import add_model_arguments, load_coder
+from fairseq_sha.commands.common import add_model_arguments, load_coder, progress_bar
 from fairseq_sha.commands.compress import (
     ERROR,
     STANDARD,
     SUFFIX,
     WARNING,
-    Progress,
     Skipped,
     add_file_arguments,
     byte_count,
@@ -125,7 +124,7 @@ def _decompress(args, coder, source, path, target, name):
         source.seek(start)
         reader = packed_file.Reader(source, args.memory_limit)
     output = open(os.devnull, "wb") if args.test else writing(path, target)
-    with output as file, Progress(path.name, total) as bar:
+    with output as file, progress_bar(path.name, total) as bar:
         (size, packed), damage = reader.unpack(coder, file, goes_on, bar.update)
         if damage and not size:
             raise UserError(f"{_listed(damage)}; nothing is left")

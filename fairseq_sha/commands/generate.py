@@ -12,13 +12,18 @@ seed gives the same text on every machine.
 import sys
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, load_model, read_text
+from fairseq_sha.commands.common import (
+    add_model_arguments,
+    load_model,
+    load_portable,
+    read_text,
+)
 from fairseq_sha.errors import UserError
 
 
 def add_arguments(parser):
     """Declare the options."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, what="MODEL")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="(default: none)")
     prompt.add_argument(
@@ -55,10 +60,9 @@ def run(args):
     prompt = args.prompt.encode("utf-8", "surrogateescape")
     if args.prompt_file is not None:
         prompt = read_text(args.prompt_file)
-    from fairseq_sha import portable
-
-    if portable.is_portable_file(args.path):
-        return generate_in_integers(portable.load(args.path), args, prompt)
+    portable = load_portable(args)
+    if portable is not None:
+        return generate_in_integers(portable, args, prompt)
     model = load_model(args)
     symbols = len(model.dictionary)
     if (args.beam or 1) >= symbols // 2:

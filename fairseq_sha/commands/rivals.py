@@ -19,8 +19,7 @@ import json
 import sys
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, check_new, load_coder
-from fairseq_sha.commands.compress import Progress
+from fairseq_sha.commands.common import add_model_arguments, check_new, load_coder, progress_bar
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -85,7 +84,7 @@ def run(args):
     )
     if coder:
         primed_with = max(row["primed_with"] for row in rows)
-        with Progress(Path(args.path).name, len(text)) as bar:
+        with progress_bar(Path(args.path).name, len(text)) as bar:
             rows += compressors.rows_of_model(args.path, coder, text, primed_with, bar.update)
     print(compressors.table(rows, len(train)))
     print(

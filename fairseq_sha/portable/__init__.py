@@ -8,6 +8,7 @@ import logging
 import random
 
 from fairseq_sha.errors import UserError
+from fairseq_sha.packed_file import check_numbers, stream_length
 from fairseq_sha.portable.model import (
     NORM_BITS,
     TOTAL_BITS,
@@ -19,7 +20,6 @@ __all__ = ["PortableModel", "is_portable_file", "load"]
 
 logger = logging.getLogger(__name__)
 
-MOST_STREAMS = 65535
 #: Temperatures from which logits keep all their bits.
 TEMPERATURES = (0.01, 100.0)
 
@@ -108,6 +108,5 @@ def _fastest_form():
 
 def _useful(size, streams):
     """As many streams as there are parts that are not empty, or one."""
-    if not 0 < streams <= MOST_STREAMS:
-        raise UserError(f"--streams {streams}: must be from 1 to {MOST_STREAMS}")
-    return max(1, -(-size // -(-size // streams))) if size else 1
+    check_numbers(streams=streams)
+    return -(-size // stream_length(size, streams)) if size else 1

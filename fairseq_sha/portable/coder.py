@@ -1,4 +1,4 @@
-"""A range coder (G. N. N. Martin, 1979) in integers, and how a block is cut into streams.
+"""A range coder (G. N. N. Martin, 1979) in integers.
 
 ``low`` and ``range`` have ``CODE_BITS`` bits. The range is kept at ``CODE_BITS - WORD_BITS`` bits
 or more by moving ``WORD_BITS`` bits at a time to the output, high byte first. A carry goes into the
@@ -6,6 +6,7 @@ bytes that are already there. Zeros follow after the end of the output, so that 
 need not be stored.
 """
 
+from fairseq_sha.packed_file import stream_sizes
 from fairseq_sha.portable.model import TOTAL_BITS
 
 CODE_BITS = 56
@@ -83,13 +84,6 @@ class Decoder:
                 self.place += 1
 
 
-def stream_length(size, streams):
-    """Bytes of each stream but the last ones, which may be shorter or empty."""
-    return -(-size // streams) if streams else 0
-
-
 def bytes_between(size, streams, first, end):
     """How many bytes of a block the steps from ``first`` to ``end`` go through."""
-    length = stream_length(size, streams)
-    sizes = [min(length, max(0, size - i * length)) for i in range(streams)]
-    return sum(min(end, n) - min(first, n) for n in sizes)
+    return sum(min(end, n) - min(first, n) for n in stream_sizes(size, streams))

@@ -43,9 +43,11 @@ def check(trained):
     if what:
         raise UserError(f"{what} has no integer form; {SUPPORTED} has one")
     for name, most in form.MOST_SIZES.items():
-        value = cfg.num_layers if name == "layers" else cfg[name]
+        option = "num_layers" if name == "layers" else name
+        value = cfg[option]
         if value > most:
-            raise UserError(f"--{name} {value}: the integer form has at most {most}")
+            option = option.replace("_", "-")
+            raise UserError(f"--{option} {value}: the integer form has at most {most}")
 
 
 @torch.no_grad()

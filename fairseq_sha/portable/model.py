@@ -195,8 +195,9 @@ def query_limit(width):
 def write(path, sizes, arrays):
     """Write a model's file; returns its :class:`IntegerModel`."""
     content = pack(sizes, arrays)
+    model = unpack(content, path)  # only what can be read is written
     write_atomically(path, content)
-    return unpack(content, path)
+    return model
 
 
 def pack(sizes, arrays):

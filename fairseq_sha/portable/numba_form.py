@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from fairseq_sha.packed_file import stream_length
 from fairseq_sha.portable import coder
 from fairseq_sha.portable.model import (
     CELLS,
@@ -644,7 +645,7 @@ class NumbaForm:
         return text[len(prompt) :].tobytes()
 
     def _run(self, state, mode, text, streams, payload, progress, draws=None, temperature=None):
-        length = coder.stream_length(len(text), streams)
+        length = stream_length(len(text), streams)
         draws = np.zeros(0, np.int64) if draws is None else draws
         temperature = 1 << NORM_BITS if temperature is None else temperature
         at_once = max(1, BYTES_PER_CALL // streams)

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from fairseq_sha.packed_file import stream_length
 from fairseq_sha.portable import coder
 from fairseq_sha.portable.model import (
     EXP_BITS,
@@ -269,7 +270,7 @@ class NumpyForm:
     def _run(self, size, streams, code, progress, temperature=1 << NORM_BITS):
         """``code`` is given the frequencies of a stream's next byte and its place in the block,
         and gives the byte."""
-        length = coder.stream_length(size, streams)
+        length = stream_length(size, streams)
         reader = Reader(self.model, streams)
         before = np.full(streams, coder.FIRST)
         for done in range(length):

@@ -69,6 +69,7 @@ def test_large_states_get_fewer_bits_after_the_point():
         ({"cell": "layer_norm_lstm"}, "--cell layer_norm_lstm has no integer form"),
         ({"ngram_orders": [2, 3]}, "a model with --ngram-orders has no integer form"),
         ({"width": 8192, "num_layers": 1}, "--width 8192: the integer form has at most 4096"),
+        ({"boom_multiple": 17}, "--boom-multiple 17: the integer form has at most 16"),
     ],
 )
 def test_models_without_integer_form_are_refused(settings, message):
@@ -109,6 +110,8 @@ def test_quantize_and_generate(checkpoints, tmp_path, capfdbinary):
     assert printed[33:35] == "ab" and printed[33:65] != first
     status, _, err = run(capfdbinary, *generate, "--top-k", 3)
     assert status == 1 and err.startswith("error: --top-k: not for a model in integers")
+    status, _, err = run(capfdbinary, *generate, "--model-overrides", "{'window': 2}")
+    assert status == 1 and err.startswith("error: --model-overrides: a portable model holds")
 
 
 def test_quantize_names_what_has_an_integer_form(checkpoints, tmp_path, capfdbinary):
