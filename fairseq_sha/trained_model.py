@@ -131,6 +131,8 @@ class TrainedModel(GeneratorHubInterface):
     def continue_tokens(self, tokens, length, **options):
         """As :meth:`continuation`, from the tokens of a prompt to those that follow: LongTensor
         ``[length]``."""
+        if options.get("sampling_topk", -1) > len(self.dictionary):  # fairseq could not draw
+            options["sampling_topk"] = len(self.dictionary)
         hypotheses = self.generate([tokens], max_len_b=len(tokens) + length, **options)[0]
         # fairseq ends a hypothesis with one symbol more, which stands for no text.
         return hypotheses[0]["tokens"][len(tokens) : len(tokens) + length].cpu()
