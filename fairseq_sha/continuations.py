@@ -40,9 +40,9 @@ def log_likelihoods(model, context, continuations):
     # The first segments are the same for all, and read once.
     shared = min(firsts, default=0) // length * length
     state = None
-    for begin in range(0, shared, length):
-        inputs = _inputs(model, wholes[0])[begin : begin + length]
-        _, state = model.decoder.read(inputs, state)
+    if shared:
+        for segment in _inputs(model, wholes[0])[:shared].split(length):
+            _, state = model.decoder.read(segment, state)
     return [_score(model, *pair, shared, state, length) for pair in zip(wholes, firsts)]
 
 
@@ -134,10 +134,12 @@ def generation_options(do_sample=False, temperature=1.0, top_k=None, top_p=None)
             f"temperature {temperature}, top_k {top_k}, top_p {top_p}: give a positive "
             "temperature, a number of tokens and a share of at most 1"
         )
+    if top_k and top_p and top_p < 1:
+        raise UserError(f"top_k {top_k} and top_p {top_p}: choose one; the other would be ignored")
     return {
         "beam": 1,
         "sampling": True,
         "temperature": temperature,
         "sampling_topk": top_k or -1,
-        "sampling_topp": top_p or -1.0,
+        "sampling_topp": top_p if top_p and top_p < 1 else -1.0,
     }

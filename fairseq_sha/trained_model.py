@@ -131,6 +131,8 @@ class TrainedModel(GeneratorHubInterface):
     def continue_tokens(self, tokens, length, **options):
         """As :meth:`continuation`, from the tokens of a prompt to those that follow: LongTensor
         ``[length]``."""
+        if options.get("sampling_topk", -1) > len(self.dictionary):  # fairseq could not draw
+            options["sampling_topk"] = len(self.dictionary)
         hypotheses = self.generate([tokens], max_len_b=len(tokens) + length, **options)[0]
         # fairseq ends a hypothesis with one symbol more, which stands for no text.
         return hypotheses[0]["tokens"][len(tokens) : len(tokens) + length].cpu()
@@ -169,8 +171,9 @@ class TrainedModel(GeneratorHubInterface):
         reading = self.reading((data[i : i + PART] for i in range(0, len(data), PART)), **options)
         tokens, nats = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         disable = None if progress else True  # None: shown on a terminal only
-        with tqdm(total=len(data), unit="B", unit_scale=True, disable=disable) as bar:
-            for text, tokens_of_part, nats_of_part in reading:
+        bar = tqdm(total=len(data), unit="B", unit_scale=True, disable=disable)
+        with bar, contextlib.closing(iter(reading)) as parts:
+            for text, tokens_of_part, nats_of_part in parts:
                 tokens.append(tokens_of_part)
                 nats.append(nats_of_part)
                 bar.update(len(text))
@@ -189,7 +192,8 @@ class Reading:
     The text is one stream, and state is carried from segment to segment and from part to part. The
     cost of each token is the same to the last bit wherever the parts end. Iterating yields the text
     of a part, its token ids, and the cost of each in nats, float32. A model can be in the middle of
-    only one text.
+    only one text. Weights that learn are the trained ones again once the iterator is exhausted or
+    closed.
 
     Args:
         trained (TrainedModel): the model

@@ -130,20 +130,21 @@ def test_generation_ends_before_the_first_of_the_strings(model):
 
 def test_options_of_other_libraries():
     assert generation_options() == generation_options(True, 0) == {"beam": 1}
-    assert generation_options(True, 0.5, 40, 0.9) == {
-        "beam": 1,
-        "sampling": True,
-        "temperature": 0.5,
-        "sampling_topk": 40,
-        "sampling_topp": 0.9,
-    }
+    assert generation_options(False, 0.5, 40, 0.9) == {"beam": 1}
+    drawn = {"beam": 1, "sampling": True, "temperature": 0.5}
+    of_few = {**drawn, "sampling_topk": 40, "sampling_topp": -1.0}
+    assert generation_options(True, 0.5, 40) == generation_options(True, 0.5, 40, 1.0) == of_few
+    of_share = {**drawn, "sampling_topk": -1, "sampling_topp": 0.9}
+    assert generation_options(True, 0.5, 0, 0.9) == of_share
+    with pytest.raises(UserError, match="top_k 40 and top_p 0.9: choose one"):
+        generation_options(True, 0.5, 40, 0.9)
     for wrong in ((True, -1.0), (True, 1.0, -5), (True, 1.0, None, 1.5)):
         with pytest.raises(UserError, match="give a positive temperature"):
             generation_options(*wrong)
 
 
 def test_sampling_differs_from_one_time_to_the_next(of_bytes):
-    options = generation_options(True, 3.0)
+    options = generation_options(True, 3.0, top_k=50)  # of 13 symbols
     torch.manual_seed(1)
     first, second = (continue_until(of_bytes, b"ab", [], 60, **options) for _ in range(2))
     assert first != second

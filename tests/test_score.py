@@ -12,11 +12,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
+from fairseq_sha import UserError, trained_model
 from fairseq_sha.commands import main
 from fairseq_sha.data.codecs import PART
+from fairseq_sha.evaluation.dynamic import SGD, Dynamic, Statistics
 from fairseq_sha.evaluation.evaluate import evaluate, token_losses
-from fairseq_sha.evaluation.policies import Carried
+from fairseq_sha.evaluation.policies import Carried, Tokens
 from fairseq_sha.reading import difference, kinds, picture, report, texts
 from fairseq_sha.trained_model import TrainedModel
 from tests import random_checkpoint
@@ -53,23 +56,12 @@ def in_chunks(data, sizes):
         begin += size
 
 
-class Whole:
-    """A text of which all tokens are in memory."""
-
-    def __init__(self, model, data):
-        self.tokens = np.append(model.codec.start, model.encode(data).numpy())
-
-    def __len__(self):
-        return len(self.tokens) - 1
-
-
 @pytest.mark.parametrize("sizes", [[1, 7, 39, 40, 41, 200], [5000], [40]])
 def test_reading_in_parts_equals_reading_at_once(sha_rnn, sizes):
     data = text(3011, seed=4)
     policy = Carried(1, 40)
-    expected_score, expected = evaluate(
-        sha_rnn.models[0], Whole(sha_rnn, data), "other", sha_rnn.codec, policy
-    )
+    whole = Tokens(np.append(sha_rnn.codec.start, sha_rnn.encode(data).numpy()))
+    expected_score, expected = evaluate(sha_rnn.models[0], whole, "other", sha_rnn.codec, policy)
     reading = sha_rnn.reading(in_chunks(data, sizes))
     found = list(reading)
     assert b"".join(part for part, _, _ in found) == data
@@ -108,6 +100,86 @@ def test_byte_that_the_model_lacks_is_named_before_anything_is_read(path, tmp_pa
     assert main(["score", "--path", path, "--cpu", "--per-line", str(tmp_path / "text")]) == 1
     out, error = capsys.readouterr()
     assert f"byte 90 at offset {PART + 10} of the text does not occur" in error and not out
+
+
+# Weights that learn
+
+
+DYNAMIC = Dynamic(Carried(1, 7), SGD(0.02, 0.01))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "rms"])
+def test_weights_go_on_learning_from_part_to_part(path, tmp_path, monkeypatch, capsys, rule):
+    """A text costs the same to the last bit, however many parts it is read in."""
+    data = text(601, seed=5)
+    (tmp_path / "text").write_bytes(data)
+    words = ["score", "--path", path, "--cpu", str(tmp_path / "text"), "--per-line", "--json"]
+    options = f"--dynamic {rule} --dynamic-decay 0.01 --dynamic-segment 7 --dynamic-lr 0.02".split()
+    if rule == "rms":
+        model = TrainedModel.load(path, cpu=True, collapse=False)
+        named = model.models[0].named_parameters()
+        roots = {name: torch.ones_like(parameter) for name, parameter in named}
+        about = {"checkpoint": model.identity.hex(), "segment length": 7, "context": 0}
+        Statistics(roots, about).save(tmp_path / "statistics")
+        options += ["--dynamic-statistics", str(tmp_path / "statistics")]
+
+    def scored(part, options):
+        report = tmp_path / "report.json"
+        with monkeypatch.context() as patched:
+            patched.setattr(texts, "PART", part)
+            assert main([*words, str(report), *options]) == 0
+        found = json.loads(report.read_text())
+        report.unlink()
+        return found, capsys.readouterr().out
+
+    whole = scored(1000, options)
+    assert all(scored(part, options) == whole for part in (1, 5, 7, 64))
+    static, _ = scored(1000, [])
+    assert whole[0]["nats"] < static["nats"] - 10
+
+
+def test_trained_weights_are_put_back_however_reading_ends(path, monkeypatch):
+    model, data = TrainedModel.load(path, cpu=True, collapse=False), text(300)
+    parameters = list(model.models[0].parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    def are_trained():
+        return all(torch.equal(*pair) for pair in zip(parameters, before))
+
+    def reading(chunks):
+        return model.reading(chunks, policy=DYNAMIC)
+
+    static = model.bits(data)
+    begun = iter(reading(in_chunks(data, [50])))
+    next(begun)
+    assert not are_trained()
+    begun.close()
+    assert are_trained()
+    for _ in reading(in_chunks(data, [50])):
+        assert not are_trained()
+        break
+    assert are_trained()
+    with pytest.raises(UserError, match="byte 90 at offset 300"):
+        list(reading([data, b"Z"]))
+    assert are_trained()
+    score, _, _ = model.costs(data, policy=DYNAMIC)
+    assert are_trained() and score.nats != pytest.approx(static.sum() * math.log(2))
+
+    def interrupt(bar, size):
+        assert not are_trained()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trained_model, "PART", 50)
+        patched.setattr(trained_model.tqdm, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt) as held:  # with all frames, as in a session of Python
+            model.costs(data, policy=DYNAMIC)
+        assert are_trained() and held.traceback
+    assert torch.is_grad_enabled() and all(parameter.grad is None for parameter in parameters)
+    assert np.array_equal(model.bits(data), static)
+
+
+# Memory
 
 
 # Runs the command with a model that costs no time, and prints the most memory that it had.
@@ -167,6 +239,12 @@ def test_kinds_of_bytes():
     assert "".join(short[k] for k in found) == "mmmFoowdFommmmwmmFoooommsFw" + (
         "mmwFwmmw" + "mmmmmmwFsF"
     )
+
+
+def test_text_that_costs_nothing_has_no_shares():
+    counted = kinds.ByKind()
+    counted.add(b"ab\n", np.zeros(3))
+    assert "| white space | 1 | 0.000 | 33.3% | 0.0% |" in kinds.table(counted.rows())
 
 
 def test_score_prints_what_the_text_costs(sha_rnn, path, tmp_path, capsys):
@@ -329,6 +407,7 @@ def test_report_of_next_to_nothing(path, tmp_path, capsys, data):
     assert main([*words, str(tmp_path / "text")]) == 0
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["lines"] == [] and found["tokens"] == found["bytes"] == len(data)
+    assert found["words"] == (len(data) or None) and (found["perplexity"] is None) == (not data)
 
 
 def test_numbers_that_are_not_finite_are_null():
@@ -441,6 +520,14 @@ def test_difference_has_an_interval_over_blocks(shift, verdict):
     assert found.is_resolved == (verdict == "resolved")
     assert ("not resolved" in str(found)) == (verdict == "not resolved")
     assert "over 20 blocks of 10,000 bytes" in str(found)
+
+
+def test_models_that_diverged_are_not_resolved():
+    a, b = texts.Blocks(), texts.Blocks()
+    a.add(np.full(20 * texts.BLOCK, math.nan))
+    b.add(np.ones(20 * texts.BLOCK))
+    found = difference.difference(a, b)
+    assert not found.is_resolved and "not resolved" in str(found)
 
 
 def test_blue_is_for_a_and_red_for_b_and_black_text_is_legible():

@@ -67,8 +67,6 @@ def run(args):
     symbols = len(model.dictionary)
     if (args.beam or 1) >= symbols // 2:
         raise UserError(f"--beam {args.beam}: too many for {symbols} symbols")
-    if args.top_k:
-        options["sampling_topk"] = min(args.top_k, symbols)
     if args.seed is not None:
         import torch
 
@@ -116,6 +114,7 @@ def generation_options(args):
     return {
         "beam": 1,
         "sampling": True,
+        "sampling_topk": args.top_k or -1,
         "sampling_topp": args.top_p or -1.0,
         "temperature": args.temperature,
     }

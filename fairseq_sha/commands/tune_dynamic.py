@@ -73,14 +73,29 @@ def run(args):
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         check_new([args.out / f"{name}.json"])
+        rows_of(args.out)  # raises an error before hours of reading
     trained = load_model(args, allow_stock=True)
     figures = tune_and_score(trained, args)
     if args.out:
         content = {"model": name, **figures}
         write_atomically(args.out / f"{name}.json", json.dumps(content) + "\n")
-        paths = sorted(args.out.glob("*.json"))
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        write_atomically(args.out / "table.md", table(rows))
+        write_atomically(args.out / "table.md", table(rows_of(args.out)))
+
+
+def rows_of(folder):
+    """The figures of all models in a folder, for :func:`table`.
+
+    Raises:
+        UserError: a file holds anything else
+    """
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            rows.append(json.loads(path.read_bytes()))
+            table(rows[-1:])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: not figures of tune-dynamic; name another folder with --out")
+    return rows
 
 
 def check(args):

@@ -24,7 +24,7 @@ class Difference(NamedTuple):
     @property
     def is_resolved(self):
         """Whether the interval leaves out zero."""
-        return self.low is not None and not self.low <= 0 <= self.high
+        return self.low is not None and (self.low > 0 or self.high < 0)  # nan: neither
 
     def __str__(self):
         if self.low is None:

@@ -67,7 +67,8 @@ class ByKind:
 
 def table(rows):
     """:meth:`ByKind.rows` of one model in Markdown."""
-    size, total = (sum(row[column] for row in rows) for column in (1, 2))
+    size = sum(count for _, count, _ in rows)
+    total = sum(bits for _, _, bits in rows) or 1.0  # a model may be certain of a short text
     lines = ["| kind | bytes | bits per byte | share of bytes | of bits |", "| --- " * 5 + "|"]
     for kind, count, bits in rows:
         shares = f"{count / size:.1%} | {bits / total:.1%}"

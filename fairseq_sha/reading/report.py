@@ -83,16 +83,11 @@ def of_score(score, bits, unknown):
         bits (float): in all
         unknown (int): words that the model does not know; None if it knows all text
     """
-    if score is None:
-        return {"tokens": 0, "bits": 0.0, "bits_per_byte": None, "policy": None}
+    names = "words", "bits_per_byte", "perplexity", "perplexity_per_word", "policy"
     return {
-        "tokens": score.tokens,
-        "words": score.words,
+        "tokens": score.tokens if score else 0,
         "unknown_words": unknown,
-        "nats": score.nats,
+        "nats": score.nats if score else 0.0,
         "bits": bits,
-        "bits_per_byte": score.bits_per_byte,
-        "perplexity": score.perplexity,
-        "perplexity_per_word": score.perplexity_per_word,
-        "policy": score.policy,
+        **{name: getattr(score, name, None) for name in names},
     }
