@@ -113,9 +113,6 @@ class SHARNNConfig(AdaptiveConfig):
     ngram_buckets: int = field(
         default=8192, metadata={"help": "rows of the table of each length (default: chosen here)"}
     )
-    ngram_width: int = field(
-        default=64, metadata={"help": "width of these rows (default: chosen here)"}
-    )
     collapse: bool = field(
         default=False,
         metadata={
@@ -205,7 +202,7 @@ def ngrams(cfg):
     """The :class:`~fairseq_sha.modules.NGramEmbedding` of a config, or None."""
     if not cfg.ngram_orders:
         return None
-    return NGramEmbedding(cfg.ngram_orders, cfg.ngram_buckets, cfg.ngram_width, cfg.width)
+    return NGramEmbedding(list(cfg.ngram_orders), cfg.ngram_buckets, cfg.width)
 
 
 def norm(width):
@@ -216,7 +213,7 @@ def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "window", "boom_multiple")
     require_dropouts(cfg, "dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output")
-    require_at_least(1, cfg, "ngram_buckets", "ngram_width")
+    require_at_least(1, cfg, "ngram_buckets")
     if any(n < 2 for n in cfg.ngram_orders):
         raise UserError(f"--ngram-orders {cfg.ngram_orders}: each must be at least 2")
     for layer in cfg.attention_layers:
@@ -309,7 +306,7 @@ TINY = Tiny(
     "--clip-norm 0.25",
     variants={
         **{cell: {"cell": cell, "window": 12} for cell in CELLS},
-        "ngrams": {"window": 12, "ngram_orders": [2, 4], "ngram_buckets": 30, "ngram_width": 5},
+        "ngrams": {"window": 12, "ngram_orders": [2, 4], "ngram_buckets": 30},
         "adaptive": {"window": 12, "cutoffs": [7, 15], "div_val": 2.0, "dropout_embedding": 0.1},
     },
 )
