@@ -7,6 +7,8 @@ B, 2]``, filled up with zeros to a multiple of ``PAIRS``.
 """
 
 import math
+import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -550,10 +552,8 @@ def decode_byte(c, payload, table):
     return byte
 
 
-# numba looks only at this file to see if what it keeps is still right. After a change of constants
-# or of vector_products.py alone, remove the __pycache__ beside it.
-@njit(cache=True, nogil=True)
-def run(n, s, mode, data, length, payload, draws, temperature, steps):
+@inner
+def read_bytes(n, s, mode, data, length, payload, draws, temperature, steps):
     """Read some bytes of each stream.
 
     Args:
@@ -605,6 +605,30 @@ def draw(n, s, number, each):
         left -= s.frequencies[n.known[i]]
         i += 1
     return n.known[i]
+
+
+def kept_for(sources):
+    """:func:`read_bytes` for calls from Python. numba keeps it beside the package as long as the
+    sources are the same, or compiles it in each process where it may not write.
+
+    Args:
+        sources (int): differs between versions of the sources. numba itself looks only at this
+            file to see if what it keeps is still right, and at the values of free variables
+    """
+
+    def loop(n, s, mode, data, length, payload, draws, temperature, steps):
+        _ = sources
+        read_bytes(n, s, mode, data, length, payload, draws, temperature, steps)
+
+    try:
+        return njit(cache=True)(loop)
+    except RuntimeError:  # numba's error if there is no folder that it may write
+        return njit(loop)
+
+
+run = kept_for(
+    zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+)
 
 
 class NumbaForm:
