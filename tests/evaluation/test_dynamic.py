@@ -512,9 +512,10 @@ def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
 
 
 @pytest.mark.parametrize("content", ["[]", '{"model": "a"}', "{", "\xff"])
-def test_table_is_not_made_of_other_files(data, path, tmp_path, capsys, content):
+def test_table_is_not_made_of_other_files(tmp_path, capsys, content):
+    """Which is said before the model is loaded."""
     (tmp_path / "other.json").write_bytes(content.encode("latin-1"))
-    words = ["tune-dynamic", data, "--path", str(path), "--cpu", "--dynamic", "sgd"]
+    words = ["tune-dynamic", "none", "--path", "none.pt", "--cpu", "--dynamic", "sgd"]
     assert main([*words, "--score", "test", "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "other.json: not figures of tune-dynamic" in captured.err and not captured.out
