@@ -92,12 +92,13 @@ def main(argv=None):
     found = {name: {"ms": [], "MB": []} for name in LAYERS}
     for name in LAYERS:  # what libraries take once is not counted
         step(name, 2, args)()
-    for length in args.lengths:
-        for name in LAYERS:  # first, see extra_memory
-            found[name]["MB"].append(extra_memory(step(name, length, args), args.device))
-    for length in args.lengths:
-        cases = {name: step(name, length, args) for name in LAYERS}
-        for name, times in measure(cases, args.repeats, clock, warm_up=1).items():
+    # Memory is first, see extra_memory. Inputs are kept: what they leave would be used again.
+    cases = {n: {name: step(name, n, args) for name in LAYERS} for n in args.lengths}
+    for of_length in cases.values():
+        for name, run in of_length.items():
+            found[name]["MB"].append(extra_memory(run, args.device))
+    for of_length in cases.values():
+        for name, times in measure(of_length, args.repeats, clock, warm_up=1).items():
             found[name]["ms"].append(min(times))
     for title, unit in (("Milliseconds", "ms"), ("Megabytes", "MB")):
         print(f"\n{title} of a training step; in parentheses: to minGRU\n")
