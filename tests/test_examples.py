@@ -54,7 +54,8 @@ def test_evaluation_belongs_to_a_recipe(path):
     settings = OmegaConf.load(str(path))
     model = OmegaConf.structured(MODEL_DATACLASS_REGISTRY[recipe.model._name])
     OmegaConf.merge(model, settings.pop("model_overrides", {}))
-    assert set(settings) <= {"tokens_per_sample", "context_window", "batch_size"}
+    known = {"tokens_per_sample", "context_window", "batch_size", "answers_after"}
+    assert set(settings) <= known
 
 
 LAMB = {"_name": "min_trust_lamb", "min_trust": 0.25}

@@ -26,12 +26,14 @@ from fairseq_sha.modules import (
     QRNN,
     SRU,
     Boom,
+    FeedForward,
     LayerNormLSTM,
     MinGRU,
     MinLSTM,
     NGramEmbedding,
     SingleHeadAttention,
 )
+from fairseq_sha.modules.boom import gelu
 from fairseq_sha.ops import dropout, last_rows, rows_to_attend
 
 CELLS = {
@@ -73,6 +75,14 @@ class SHARNNConfig(AdaptiveConfig):
     )
     boom_multiple: int = field(
         default=4, metadata={"help": "width of the boom layer in multiples of H (default: paper)"}
+    )
+    feed_forward: ChoiceEnum(["boom", "full"]) = field(
+        default="boom",
+        metadata={
+            "help": "boom: chunks of the wide layer are summed; full: a second matrix maps it "
+            "back, as in Transformers, with as many parameters at half of the width "
+            "(default: paper, section 3.2)"
+        },
     )
     dropout_embedding: float = field(
         default=0.0,
@@ -143,7 +153,7 @@ class SHARNNLayer(nn.Module):
             )
         self.norm_boom = norm(cfg.width)
         self.norm_residual = norm(cfg.width)
-        self.boom = Boom(cfg.width, cfg.boom_multiple, cfg.dropout_hidden)
+        self.boom = feed_forward(cfg)
 
     def forward(self, h, state, context):
         """``h [T, B, H]`` and state to the same. The state holds the cell's state and, if the layer
@@ -203,6 +213,14 @@ def ngrams(cfg):
     if not cfg.ngram_orders:
         return None
     return NGramEmbedding(list(cfg.ngram_orders), cfg.ngram_buckets, cfg.width)
+
+
+def feed_forward(cfg):
+    """The layer after the cell and the attention: boom, or the usual one with the same GELU."""
+    if cfg.feed_forward == "full":
+        inner = cfg.boom_multiple * cfg.width
+        return FeedForward(cfg.width, inner, cfg.dropout_hidden, gelu)
+    return Boom(cfg.width, cfg.boom_multiple, cfg.dropout_hidden)
 
 
 def norm(width):
@@ -306,6 +324,7 @@ TINY = Tiny(
     "--clip-norm 0.25",
     variants={
         **{cell: {"cell": cell, "window": 12} for cell in CELLS},
+        "full": {"window": 12, "feed_forward": "full"},
         "ngrams": {"window": 12, "ngram_orders": [2, 4], "ngram_buckets": 30},
         "adaptive": {"window": 12, "cutoffs": [7, 15], "div_val": 2.0, "dropout_embedding": 0.1},
     },

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.sha_rnn import SHARNNDecoder
-from fairseq_sha.modules.boom import GELU_SLOPE
+from fairseq_sha.modules.boom import GELU_SLOPE, Boom
 from fairseq_sha.modules.overparameterised_vector import OverparameterisedVector
 from fairseq_sha.portable import model as form
 
@@ -36,6 +36,8 @@ def check(trained):
         what = f"a model of {trained.codec.name}"
     elif str(cfg.cell) not in form.CELLS:
         what = f"--cell {cfg.cell}"
+    elif not all(isinstance(layer.boom, Boom) for layer in decoder.layers):
+        what = "a model with --feed-forward full"
     elif decoder.bands is not None:
         what = "a model with --cutoffs"
     elif decoder.ngrams is not None:
