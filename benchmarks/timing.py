@@ -1,7 +1,9 @@
 """Time several things fairly: alternately, in one run, and report medians as ratios."""
 
 import argparse
+import multiprocessing
 import platform
+import resource
 import statistics
 import time
 
@@ -19,25 +21,51 @@ def arguments(description):
     return parser
 
 
-def measure(cases, repeats):
-    """Run each case in turn, twice to warm up and then ``repeats`` times.
+def measure(cases, repeats, clock=time.perf_counter, warm_up=2):
+    """Run each case in turn, some times to warm up and then ``repeats`` times.
 
     Args:
         cases (dict of str to callable): what to time
+        clock (callable): gives seconds; ``time.process_time`` leaves out what other processes take
 
     Returns:
         dict of str to list of float: milliseconds of each run
     """
     times = {name: [] for name in cases}
-    for number in range(-2, repeats):
+    for number in range(-warm_up, repeats):
         for name, run in cases.items():
             finish_work()
-            start = time.perf_counter()
+            start = clock()
             run()
             finish_work()
             if number >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     return times
+
+
+def extra_memory(run, device="cpu"):
+    """The most megabytes that a function needs beyond what is in use before it. On a CPU, where it
+    is the resident size of a forked process, no other function must have run before."""
+    if torch.device(device).type == "cuda":
+        finish_work()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+
+    def child():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        there.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    process = fork.Process(target=child)
+    process.start()
+    there.close()
+    kilobytes = here.recv()
+    process.join()
+    return kilobytes / 2**10
 
 
 def finish_work():

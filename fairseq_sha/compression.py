@@ -2,76 +2,124 @@
 did not expect."""
 
 import hashlib
-import logging
+import io
 import platform
 import re
 import struct
-import zlib
 from importlib import metadata
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import fairseq_sha
+from fairseq_sha import packed_file
 from fairseq_sha.errors import UserError
+from fairseq_sha.packed_file import MOST_THREADS, stream_sizes
 from fairseq_sha.trained_model import threads as use_threads
 
-logger = logging.getLogger(__name__)
-
-MAGIC = b"SHAC\x01"  # the last byte is the version of the format
-# After the magic: identity of the model; identity of the machine and build; size of the file in
-# bytes, and its CRC-32; streams; threads. Then the coded bytes, and a CRC-32 of everything.
-HEADER = struct.Struct("<8s8sQIHH")
-CHECKSUM = struct.Struct("<I")
-BYTES_PER_STREAM = 1 << 15
-MOST_STREAMS = 64
+THREADS = struct.Struct("<H")
 
 
-def compress(model, data, streams=None, threads=1, progress=False):
-    """Pack bytes.
+def compress(model, data, streams=None, threads=1):
+    """Pack bytes as one :mod:`~fairseq_sha.packed_file`.
 
     Args:
         model (~fairseq_sha.trained_model.TrainedModel): what predicts them
         data (bytes): any bytes, even those that the model's dictionary lacks
-        streams (int): parts that are coded side by side
+        streams (int): parts of a block that are coded side by side
         threads (int): number of torch's threads, for packing and for unpacking
-        progress (bool): whether to show a progress bar on standard error
 
     Returns:
         bytes
 
     Raises:
-        UserError: impossible numbers of streams or threads; a model whose codec is not
-            lossless
+        UserError: as :class:`ModelCoder`; impossible numbers of streams
     """
-    check_numbers(streams, threads)
-    check_codec(model)
-    if streams is None:
-        streams = min(MOST_STREAMS, -(-len(data) // BYTES_PER_STREAM))
-    coder = _constriction().stream.queue.RangeEncoder()
-
-    def encode(symbols, *distribution):
-        coder.encode(symbols, *distribution)
-        return symbols
-
-    build = identity_of_build(model)
-    header = HEADER.pack(model.identity, build, len(data), zlib.crc32(data), streams, threads)
-    alphabet = _Alphabet(model.task.codec)
-    length = stream_length(len(data), streams)
-    parts = [data[i * length : (i + 1) * length] for i in range(streams)]
-    symbols = [alphabet.symbols(part) for part in parts]
-    sizes = [len(part) for part in parts]
-    _code(model, alphabet, symbols, sizes, threads, encode, progress)
-    packed = MAGIC + header + coder.get_compressed().astype("<u4").tobytes()
-    return packed + CHECKSUM.pack(zlib.crc32(packed))
+    packed = io.BytesIO()
+    packed_file.pack(ModelCoder(model, threads), io.BytesIO(data), packed, streams=streams)
+    return packed.getvalue()
 
 
-def check_numbers(streams, threads):
-    """Raise a UserError for impossible numbers of streams (None: the default) or threads."""
-    for option, value, most in (("streams", streams, 65535), ("threads", threads, 1024)):
-        if value is not None and not 0 < value <= most:
-            raise UserError(f"--{option} {value}: must be from 1 to {most}")
+def decompress(model, packed):
+    """The bytes that :func:`compress` packed.
+
+    Raises:
+        UserError: packed by something else or with another model, or damaged; a model whose codec
+            is not lossless; the model computes other last digits than when the bytes were packed
+    """
+    coder = ModelCoder(model)
+    reader = packed_file.Reader(io.BytesIO(packed))
+    reader.check(coder)
+    data = io.BytesIO()
+    reader.unpack(coder, data)
+    return data.getvalue()
+
+
+class ModelCoder:
+    """Packs blocks with a trained model: a :class:`~fairseq_sha.packed_file.BlockCoder`. It is
+    bound to its build, since other builds may compute other last digits.
+
+    A packed block is the number of threads (2 bytes, little endian) and the words of the range
+    coder (4 bytes each, little endian).
+
+    Args:
+        model (~fairseq_sha.trained_model.TrainedModel): what predicts
+        threads (int): number of torch's threads, for packing and for unpacking
+
+    Raises:
+        UserError: the model's codec is not lossless; impossible number of threads; the range coder
+            is not installed
+    """
+
+    def __init__(self, model, threads=1):
+        packed_file.check_numbers(threads=threads)
+        check_codec(model)
+        check_packages()
+        self.model = model
+        self.threads = threads
+        self.identity = model.identity
+        self.build = identity_of_build(model)
+        self._alphabet = _Alphabet(model.task.codec)
+
+    def encode(self, data, streams, progress=None):
+        """Pack a block."""
+        coder = _constriction().stream.queue.RangeEncoder()
+
+        def encode(symbols, *distribution):
+            coder.encode(symbols, *distribution)
+            return symbols
+
+        sizes = stream_sizes(len(data), streams)
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self._alphabet.symbols(data[start : start + size]))
+            start += size
+        _code(self.model, self._alphabet, parts, sizes, self.threads, encode, progress)
+        return THREADS.pack(self.threads) + coder.get_compressed().astype("<u4").tobytes()
+
+    def decode(self, payload, size, streams, progress=None):
+        """The bytes of a block.
+
+        Raises:
+            ValueError: :meth:`encode` did not pack it here
+        """
+        if len(payload) % 4 != THREADS.size:
+            raise ValueError("not a packed block")
+        (threads,) = THREADS.unpack_from(payload)
+        if not 0 < threads <= MOST_THREADS:
+            raise ValueError("not a packed block")
+        words = np.frombuffer(payload, "<u4", offset=THREADS.size).astype(np.uint32)
+        coder = _constriction().stream.queue.RangeDecoder(words)
+
+        def decode(placeholders, family, *parameters):
+            return coder.decode(family, *(parameters or [len(placeholders)]))
+
+        sizes = stream_sizes(size, streams)
+        try:
+            texts = _code(self.model, self._alphabet, None, sizes, threads, decode, progress)
+        except AssertionError:  # how constriction refuses what no coder wrote
+            return b""
+        return b"".join(texts)
 
 
 def check_codec(model):
@@ -108,63 +156,6 @@ class _Alphabet:
         return symbol_of[self.codec.encode(data).numpy()]
 
 
-def read_header(model, packed):
-    """What :func:`compress` wrote before the coded bytes: a tuple, as in ``HEADER``.
-
-    Raises:
-        UserError: packed by something else or with another model, or damaged
-    """
-    start = len(MAGIC) + HEADER.size
-    if packed[: len(MAGIC)] != MAGIC:
-        raise UserError("not a file that fairseq-sha compress wrote, or one of another version")
-    (checksum,) = CHECKSUM.unpack(packed[-CHECKSUM.size :])
-    if len(packed) < start + CHECKSUM.size or zlib.crc32(packed[: -CHECKSUM.size]) != checksum:
-        raise UserError("damaged or cut off; copy it again")
-    header = HEADER.unpack(packed[len(MAGIC) : start])
-    if header[0] != model.identity:
-        raise UserError("was compressed with another model; name its checkpoint")
-    return header
-
-
-def decompress(model, packed, progress=False):
-    """The bytes that :func:`compress` packed. Arguments as there.
-
-    Raises:
-        UserError: as :func:`read_header`; a model whose codec is not lossless; the model computes
-            other last digits than when the bytes were packed
-    """
-    check_codec(model)
-    _, build, size, checksum, streams, threads = read_header(model, packed)
-    if build != identity_of_build(model):
-        logger.warning("compressed with another installation or device: it may not be decodable")
-    words = np.frombuffer(packed[len(MAGIC) + HEADER.size : -CHECKSUM.size], "<u4").astype(
-        np.uint32
-    )
-    coder = _constriction().stream.queue.RangeDecoder(words)
-
-    def decode(placeholders, family, *parameters):
-        return coder.decode(family, *(parameters or [len(placeholders)]))
-
-    length = stream_length(size, streams)
-    sizes = [min(length, max(0, size - i * length)) for i in range(streams)]
-    alphabet = _Alphabet(model.task.codec)
-    try:
-        data = b"".join(_code(model, alphabet, None, sizes, threads, decode, progress))
-    except AssertionError:  # how constriction refuses what no coder wrote
-        data = b""
-    if zlib.crc32(data) != checksum or len(data) != size:
-        raise UserError(
-            "cannot be decoded: the model computes other last digits here; use the machine and "
-            "installation that compressed it, and the same choice of --cpu"
-        )
-    return data
-
-
-def stream_length(size, streams):
-    """Bytes of each stream but the last ones, which may be shorter or empty."""
-    return -(-size // streams) if streams else 0
-
-
 def _code(model, alphabet, parts, sizes, threads, code_symbols, progress):
     """Go through all streams side by side, one token of each at a time. Packing and unpacking must
     compute the same to the last digit, so both are done here.
@@ -174,11 +165,11 @@ def _code(model, alphabet, parts, sizes, threads, code_symbols, progress):
         alphabet (_Alphabet): the symbols
         parts (list of ndarray): the symbols of each stream; None to unpack
         sizes (list of int): bytes of each stream
-        threads (int): see :func:`compress`
+        threads (int): see :class:`ModelCoder`
         code_symbols (callable): takes an int32 array of symbols and their distribution, as one
             argument or two, codes them, and returns them. Unpacking takes only the number of
             symbols from the array, and returns those that were packed
-        progress (bool): whether to show a progress bar on standard error
+        progress (callable): gets numbers of further bytes done
 
     Returns:
         the text of each stream: a list of bytearray
@@ -189,9 +180,7 @@ def _code(model, alphabet, parts, sizes, threads, code_symbols, progress):
     texts = [bytearray() for _ in sizes]
     tokens, state = torch.full((1, len(sizes)), model.task.codec.start), None
     step = coded = escaped_before = 0
-    with use_threads(threads), tqdm(
-        total=sum(sizes), unit="B", unit_scale=True, disable=not progress
-    ) as bar:
+    with use_threads(threads):
         while True:
             active = [i for i, text in enumerate(texts) if len(text) < sizes[i]]
             if not active:
@@ -215,9 +204,11 @@ def _code(model, alphabet, parts, sizes, threads, code_symbols, progress):
                     which = code_symbols(which, families.Uniform(len(missing)))
                 symbols[escaped] = known + which
             tokens[0, active] = torch.from_numpy(alphabet.tokens[symbols])
-            for stream, symbol in zip(active, symbols.tolist()):
-                texts[stream] += alphabet.texts[symbol]
-                bar.update(len(alphabet.texts[symbol]))
+            done = [alphabet.texts[symbol] for symbol in symbols.tolist()]
+            for stream, text in zip(active, done):
+                texts[stream] += text
+            if progress:
+                progress(sum(map(len, done)))
             step, coded, escaped_before = (
                 step + 1,
                 coded + len(active),

@@ -33,6 +33,28 @@ def unfinished(path):
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def unfinished_folder(path):
+    """As :func:`unfinished`, for a folder that does not exist yet: yield a new folder beside it,
+    which takes the name ``path`` at the end of the block.
+
+    Raises:
+        OSError: the folder cannot be made, or ``path`` exists by then
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_atomically(path, content):
     """Write a file in one step, see :func:`unfinished`.
 

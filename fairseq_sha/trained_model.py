@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import hashlib
+import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -11,13 +13,14 @@ from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import MODEL_REGISTRY
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 import fairseq_sha
 from fairseq_sha import compatibility
-from fairseq_sha.data.codecs import codec_from_state
+from fairseq_sha.data.codecs import PART, codec_from_state
 from fairseq_sha.errors import UserError
-from fairseq_sha.evaluation.evaluate import evaluate
-from fairseq_sha.evaluation.policies import Carried
+from fairseq_sha.evaluation.evaluate import Tally, read_batches, token_losses
+from fairseq_sha.evaluation.policies import Carried, Tokens
 from fairseq_sha.models.segment_decoder import SegmentDecoder
 
 TASKS = ("byte_language_modeling", "segment_language_modeling")
@@ -42,7 +45,7 @@ class TrainedModel(GeneratorHubInterface):
         self.eval()
 
     @classmethod
-    def load(cls, path, data=None, cpu=False, overrides=None, allow_stock=False):
+    def load(cls, path, data=None, cpu=False, overrides=None, allow_stock=False, collapse=True):
         """The model of a checkpoint that fairseq wrote.
 
         Args:
@@ -52,6 +55,8 @@ class TrainedModel(GeneratorHubInterface):
             overrides (dict): settings of the model or its task to change
             allow_stock (bool): accept fairseq's own models too, which can be evaluated, and have no
                 ``decoder.read``
+            collapse (bool): compute over-parameterised vectors once and for all, which is faster;
+                weights that learn on must be those that were trained
 
         Raises:
             OSError: the file cannot be read
@@ -69,7 +74,7 @@ class TrainedModel(GeneratorHubInterface):
             cfg.common.cpu = cpu
             cfg.common.fp16 = cfg.common.bf16 = False
             cfg.task.data = data or cfg.task.data
-            if "collapse" in cfg.model:  # over-parameterised vectors: the same, and faster
+            if collapse and "collapse" in cfg.model:
                 cfg.model.collapse = True
             _override(cfg, overrides or {})
         saved = state.get("task_state") or {}
@@ -121,10 +126,16 @@ class TrainedModel(GeneratorHubInterface):
             options: of fairseq's generation: ``sampling``, ``sampling_topk``, ``sampling_topp``,
                 ``temperature``, ``beam``
         """
-        tokens = self.encode(prompt)
-        # fairseq ends a hypothesis with one symbol more, which stands for no text.
+        return self.codec.decode(self.continue_tokens(self.encode(prompt), length, **options))
+
+    def continue_tokens(self, tokens, length, **options):
+        """As :meth:`continuation`, from the tokens of a prompt to those that follow: LongTensor
+        ``[length]``."""
+        if options.get("sampling_topk", -1) > len(self.dictionary):  # fairseq could not draw
+            options["sampling_topk"] = len(self.dictionary)
         hypotheses = self.generate([tokens], max_len_b=len(tokens) + length, **options)[0]
-        return self.codec.decode(hypotheses[0]["tokens"][len(tokens) :])
+        # fairseq ends a hypothesis with one symbol more, which stands for no text.
+        return hypotheses[0]["tokens"][len(tokens) : len(tokens) + length].cpu()
 
     @torch.no_grad()
     def read(self, tokens, state=None):
@@ -140,44 +151,110 @@ class TrainedModel(GeneratorHubInterface):
         features, state = self.decoder.read(tokens.to(self.device), state)
         return self.decoder.head.logits(features), state
 
-    def costs(self, data, progress=False):
-        """What a text costs.
+    def reading(self, chunks, **options):
+        """What a text costs, part by part; see :class:`Reading`."""
+        return Reading(self, chunks, **options)
 
-        It is read in segments of the length that the model was trained with, as by
-        ``fairseq-eval-lm``.
+    def costs(self, data, progress=False, **options):
+        """What a text costs.
 
         Args:
             data (bytes): the text
-            progress (bool): whether to show progress on standard error
+            progress (bool): whether to show progress on standard error, if that is a terminal
+            options: of :class:`Reading`
 
         Returns:
             the :class:`~fairseq_sha.evaluation.evaluate.Score`, whose bytes are those of the text;
             the token ids; and the cost of each in nats given all tokens before it, float32 array
             ``[length]``. The score of a text without tokens is None
         """
-        tokens = self.encode(data).numpy()
-        if not len(tokens):
-            return None, tokens, np.zeros(0, np.float32)
-        policy = Carried(1, self.cfg.task.tokens_per_sample)
-        text = _Text(np.append(self.codec.start, tokens))
-        score, nats = evaluate(self.models[0], text, "text", self.codec, policy, progress)
-        return score._replace(bytes=len(data)), tokens, nats
+        reading = self.reading((data[i : i + PART] for i in range(0, len(data), PART)), **options)
+        tokens, nats = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        disable = None if progress else True  # None: shown on a terminal only
+        bar = tqdm(total=len(data), unit="B", unit_scale=True, disable=disable)
+        with bar, contextlib.closing(iter(reading)) as parts:
+            for text, tokens_of_part, nats_of_part in parts:
+                tokens.append(tokens_of_part)
+                nats.append(nats_of_part)
+                bar.update(len(text))
+        return reading.score, np.concatenate(tokens), np.concatenate(nats)
 
     def bits(self, data, progress=False):
         """The cost of each byte of a text in bits: float64 array ``[len(data)]``. The cost of a
         token of several bytes is spread evenly over them. Arguments as for :meth:`costs`."""
         _, _, nats = self.costs(data, progress)
-        return self.codec.spread(data, nats / np.log(2))
+        return self.codec.spread(data, nats / math.log(2))
 
 
-class _Text:
-    """Tokens in memory, for :func:`evaluate`."""
+class Reading:
+    """What a text costs, part by part, in memory that does not grow with the text.
 
-    def __init__(self, tokens):
-        self.tokens = tokens
+    The text is one stream, and state is carried from segment to segment and from part to part. The
+    cost of each token is the same to the last bit wherever the parts end. Iterating yields the text
+    of a part, its token ids, and the cost of each in nats, float32. A model can be in the middle of
+    only one text. Weights that learn are the trained ones again once the iterator is exhausted or
+    closed.
 
-    def __len__(self):
-        return len(self.tokens) - 1
+    Args:
+        trained (TrainedModel): the model
+        chunks (iterable of bytes): the text, in pieces of any size
+        losses (callable): the rule by which segments are scored, see
+            :func:`~fairseq_sha.evaluation.evaluate.evaluate`; it is called for one segment after
+            the other
+        policy (Carried or Dynamic): of one stream; None for segments as in training
+    """
+
+    def __init__(self, trained, chunks, losses=token_losses, policy=None):
+        self.codec = trained.codec
+        self.policy = policy or Carried(1, trained.cfg.task.tokens_per_sample)
+        self._model = trained.models[0]
+        self._chunks = chunks
+        self._losses = losses
+        self._tally = Tally()
+        self._segments = self._bytes = 0
+
+    @property
+    def score(self):
+        """After the last part: the :class:`~fairseq_sha.evaluation.evaluate.Score` of the text, or
+        None if it has no tokens."""
+        score = self._tally.score(self.policy)
+        return score._replace(bytes=self._bytes) if score.tokens else None
+
+    def __iter__(self):
+        with self.policy.reading(self._model, self._losses) as self._costs_of_batch:
+            yield from self._parts()
+
+    def _parts(self):
+        length = self.policy.length
+        waiting, costs = deque(), np.zeros(0, np.float32)
+        unread = np.array([self.codec.start])  # and before them, the token that comes first
+        for part in self.codec.parts(self._chunks):
+            waiting.append(part)
+            unread = np.append(unread, part[1])
+            whole = (len(unread) - 1) // length * length
+            costs = np.append(costs, self._read(unread[: whole + 1]))
+            unread = unread[whole:]
+            while waiting and len(waiting[0][1]) <= len(costs):
+                text, tokens = waiting.popleft()
+                yield self._finished(text, tokens, costs)
+                costs = costs[len(tokens) :]
+        costs = np.append(costs, self._read(unread))
+        for text, tokens in waiting:
+            yield self._finished(text, tokens, costs)
+            costs = costs[len(tokens) :]
+
+    def _finished(self, text, tokens, costs):
+        self._bytes += len(text)
+        return text, tokens, costs[: len(tokens)]
+
+    def _read(self, tokens):
+        """The costs of all tokens but the first, in the segments that come next."""
+        if len(tokens) == 1:
+            return np.zeros(0, np.float32)
+        policy = self.policy.after(self._segments)
+        self._segments += -(-(len(tokens) - 1) // policy.length)
+        batches = policy.batches(Tokens(tokens), "text", self.codec)
+        return read_batches(batches, self._costs_of_batch, len(tokens) - 1, self._tally)
 
 
 def _override(cfg, overrides):

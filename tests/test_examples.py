@@ -54,7 +54,8 @@ def test_evaluation_belongs_to_a_recipe(path):
     settings = OmegaConf.load(str(path))
     model = OmegaConf.structured(MODEL_DATACLASS_REGISTRY[recipe.model._name])
     OmegaConf.merge(model, settings.pop("model_overrides", {}))
-    assert set(settings) <= {"tokens_per_sample", "context_window", "batch_size"}
+    known = {"tokens_per_sample", "context_window", "batch_size", "answers_after"}
+    assert set(settings) <= known
 
 
 LAMB = {"_name": "min_trust_lamb", "min_trust": 0.25}
@@ -118,6 +119,10 @@ def published(name):
         rates = [1e-3] * 25 + [1e-4] * 10 + [1e-5]  # the last for all further epochs
         run = {"lr": rates, "clip_norm": 0.25, "max_epoch": 50}
         return {"_name": "l2_adam", "weight_decay": 1.2e-6}, schedule("fixed", 0), run, 128, 200
+    if name == "awd_lstm_wt2":
+        run = {"lr": [30.0], "clip_norm": 0.25, "max_epoch": 750}
+        sgd = {**SGD, "momentum": 0.0, "weight_decay": 1.2e-6}
+        return sgd, schedule("fixed", 0), run, 80, 70
     if name == "awd_qrnn_wt103":
         run = {"lr": [1e-3] * 12 + [1e-4], "clip_norm": 0.25, "max_epoch": 14}
         return ADAM, schedule("fixed", 0), run, 60, 140
@@ -140,6 +145,7 @@ OF_PAPERS = {
     "enwik8": "data-bin/enwik8",
     "lm1b": "data-bin/lm1b",
     "wikitext103": "data-bin/wikitext-103",
+    "wikitext2": "data-bin/wikitext-2",
 }
 
 
@@ -188,6 +194,12 @@ def test_recipes_of_the_mogrifier_lstm_drop_states_and_average_weights(name):
     averaging = {key: value for key, value in recipe.task.items() if key.startswith("average")}
     expected = {"average_weights": "stalled", "average_patience": 10, "average_latest": 80}
     assert averaging == expected
+
+
+def test_recipe_of_wikitext2_is_nt_asgd():
+    task = OmegaConf.load(str(ROOT / "examples" / "wikitext2" / "awd_lstm_wt2.yaml")).task
+    assert task.average_weights == "non_monotone" and task.average_patience == 5
+    assert task.random_segment_lengths and task.scale_lr_by_length
 
 
 def test_model_of_the_readme_carries_its_state(tmp_path, monkeypatch):

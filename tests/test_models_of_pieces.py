@@ -103,9 +103,11 @@ def test_score(path, tmp_path, capsys):
     assert score.words == len(TEXT.split()) + TEXT.count(b"\n")
     html = tmp_path / "picture.html"
     argv = ["score", "--path", path, "--cpu", tmp_path / "text", "--html", html]
-    assert main(*argv, "--per-line", "--per-token") == 0
-    *lines, total = capsys.readouterr().out.splitlines()
-    of_tokens, of_lines = lines[: len(tokens)], lines[len(tokens) :]
+    assert main(*argv, "--per-token") == 0
+    *of_tokens, total = capsys.readouterr().out.splitlines()
+    assert main(*argv[:-2], "--per-line") == 0
+    *of_lines, same = capsys.readouterr().out.splitlines()
+    assert same == total and len(of_tokens) == len(tokens)
     assert [float(line.split("\t")[0]) for line in of_tokens] == pytest.approx(
         list(nats / np.log(2)), abs=1e-3
     )

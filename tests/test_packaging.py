@@ -26,6 +26,8 @@ DISTRIBUTIONS = {"yaml": "PyYAML", "fairseq_cli": "fairseq"}
 # In the package, what only one function needs may come with an extra, and this with torch, which is
 # built with triton where it can use a GPU.
 WITH_TORCH = {"triton"}
+# These files are only imported where the extra is installed.
+OF_EXTRAS = {"numba_form.py": {"numba"}, "vector_products.py": {"numba", "llvmlite"}}
 
 TINY = """
 hydra: {run: {dir: .}}
@@ -100,6 +102,7 @@ def test_imports_are_declared(folder):
     needed, all_extras = requirements()
     for path in sorted((REPOSITORY / folder).glob("**/*.py")):
         at_once = needed | WITH_TORCH if folder in ("fairseq_sha", "preprocess") else all_extras
+        at_once = at_once | OF_EXTRAS.get(path.name, set())
         # A script finds the scripts of its own folder.
         beside = (
             {other.stem for other in path.parent.glob("*.py")} if folder == "examples" else set()

@@ -1,16 +1,14 @@
 """What a trained model is for: text and scores."""
 
-import io
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 
 from fairseq_sha import UserError
-from fairseq_sha.commands import main, score
+from fairseq_sha.commands import main
 from fairseq_sha.trained_model import TrainedModel, digest
 from tests.commands import REPOSITORY
 from tests.options import FAMILIES
@@ -143,89 +141,6 @@ def test_generate_goes_on_from_any_bytes_of_standard_input(path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"abc\n\nd") and len(done.stdout) == 6 + 20 + 1
-
-
-# Scores
-
-
-def test_kinds_of_bytes():
-    line = "<b>The 1st</b> [[café]]'s\n== x ==\n*&amp; a*b"
-    kinds = [score.KINDS[k] for k in score.kinds_of_bytes(line.encode())]
-    assert len(kinds) == len(line.encode())
-    short = {"markup": "m", "digits": "d", "white space": "w", "other signs": "s"}
-    short.update({"first letters of words": "F", "other letters": "o"})
-    #                                      <b>The 1st</b> [[caféé]]'s
-    assert "".join(short[k] for k in kinds) == "mmmFoowdFommmmwmmFoooommsFw" + (
-        "mmwFwmmw" + "mmmmmmwFsF"
-    )
-
-
-def test_score_prints_what_the_text_costs(sha_rnn, path, tmp_path, capsys):
-    data = text(600, seed=7)
-    (tmp_path / "text").write_bytes(data)
-    bits = sha_rnn.bits(data)
-    assert main(["score", "--path", path, "--cpu", "--per-line", str(tmp_path / "text")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(str(tmp_path)))
-    assert f"{bits.mean():.4f} bits per byte" in lines[start]
-    words = len(data.split()) + data.count(b"\n")
-    assert f"600 tokens, 600 bytes, {words} words; state carried, 1 streams" in lines[start]
-    rows = [line.split("\t") for line in lines[:start]]
-    assert [row[2].encode() for row in rows] == data.rstrip(b"\n").split(b"\n")
-    assert sum(float(row[1]) for row in rows) == pytest.approx(bits.sum(), abs=0.05 * len(rows))
-    assert float(rows[0][0]) == pytest.approx(bits[: len(rows[0][2]) + 1].mean(), abs=6e-4)
-    cells = [line.split("|") for line in lines[start + 3 :]]
-    assert sum(int(row[2]) for row in cells) == 600
-    total = sum(int(row[2]) * float(row[3]) for row in cells)
-    assert total == pytest.approx(bits.sum(), abs=0.0005 * 600)
-
-
-class Text(HTMLParser):
-    """The text of a page within pre, and the colour of each character."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.inside, self.colour, self.characters, self.open = False, None, [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.inside = self.inside or tag == "pre"
-        if self.inside and tag == "span":
-            self.colour = dict(attributes)["class"]
-
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag != "pre"
-
-    def handle_data(self, data):
-        if self.inside:
-            self.characters += [(character, self.colour) for character in data]
-
-
-def test_picture_colours_each_character_by_its_cost():
-    data = "a<é\n&".encode() + b"\xff"
-    bits = np.array([0.1, 0.9, 2, 4, 99, 1.5, 7.2])
-    page = score.picture("<name>", "total", score.by_kind(data, bits), data, bits)
-    assert "<title>&lt;name&gt;</title>" in page and "http" not in page
-    colours = {"a": 0, "<": 1, "é": 6, "\u21b5": 15, "\n": 15, "&": 3, "\\": 14, "x": 14, "f": 14}
-    expected = [(c, f"c{colours[c]}") for c in "a<é\u21b5\n&\\xff"]
-    assert Text(page).characters == expected
-
-
-def test_score_draws_standard_input(path, tmp_path, monkeypatch, capsys):
-    def scored(data):
-        (tmp_path / "picture.html").unlink(missing_ok=True)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        picture = str(tmp_path / "picture.html")
-        assert main(["score", "--path", path, "--cpu", "--html", picture, "-"]) == 0
-        page = Text((tmp_path / "picture.html").read_text(encoding="utf-8"))
-        shown = "".join(character for character, _ in page.characters)
-        return capsys.readouterr().out, shown
-
-    out, shown = scored(b"abc\ndef")
-    assert out.startswith("standard input: ") and "7 bytes" in out
-    assert shown == "abc\u21b5\ndef"
-    out, shown = scored(b"")
-    assert out == "standard input: 0 bytes\n" and shown == ""
 
 
 # Prompts

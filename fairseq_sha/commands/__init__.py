@@ -18,10 +18,14 @@ COMMANDS = {
     "generate": "continue a prompt",
     "score": "the cost of each token of a text",
     "evaluate": "the score of a split of a data folder",
+    "lm-eval": "evaluate with EleutherAI's lm-evaluation-harness",
+    "tune-dynamic": "a learning rate for dynamic evaluation",
     "compress": "pack files",
     "decompress": "unpack them",
+    "quantize": "write a model in integers, the same on every machine",
     "export": "write a model as ONNX",
     "import-weights": "make a checkpoint from published weights",
+    "published": "published results, with parameters, recipes and commands",
     "flops": "count the floating-point operations of a model",
     "compare": "train and evaluate models under one budget",
     "report": "a page about comparisons",
@@ -62,9 +66,17 @@ def _message(error):
     return error.strerror if error.errno == errno.ENOSPC else None
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is an error as any other: 1, not 2, which is the exit status of a warning."""
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: error: {message}\n")
+
+
 def parse(argv):
     """The options of the command that is named first; only its module is imported."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fairseq-sha", description="Use and compare language models that fairseq has trained."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

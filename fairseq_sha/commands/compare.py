@@ -13,6 +13,11 @@ A budget in seconds of training is converted into updates once, by training each
 time; one in bytes by the mean number of tokens per update on one device, and, unless tokens are
 bytes, by how many bytes they stand for in that time.
 
+--vary makes a grid over one setting: each of its values, such as model.attention_layers=[0], is a
+variant of each config, and a model of its own that is called by it. A value may hold several
+changes, as 'model.attention_layers=[] model.width=268' does to keep the number of parameters; the
+first of them gives the name.
+
 With --space, each model is tuned first: its recipe and --trials points of one Sobol sequence, the
 same for all models, are trained with one seed. The best on valid is trained again with the seeds of
 --seeds, beside the recipe as it was given. Trials are in OUT/tuning, an Optuna storage: several
@@ -104,6 +109,13 @@ def add_arguments(parser):
         default=[],
         metavar="SECTION.FIELD=VALUE",
         help="change a setting of all configs",
+    )
+    parser.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="CHANGES",
+        help="variants of each config: SECTION.FIELD=VALUE, or several with spaces between",
     )
     parser.add_argument(
         "--recipe",

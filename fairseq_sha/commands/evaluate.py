@@ -9,13 +9,37 @@ The model may be one of fairseq's own, if it was trained with a task of this pac
 
 --fit-temperature SPLIT reads SPLIT first, such as valid, and finds the factor between 0.80 and 1.06
 by which all logits are multiplied best. The score with this factor is printed after the plain one.
+
+--by-position also prints the bits per byte by how many tokens there are since the start of the
+stream and of the segment, or of the window.
+
+--answers-after MARK is for text each line of which is a question, a mark and an answer. It reads
+the split once more and prints how many tokens of answers are the most probable ones.
+
+--dynamic also scores the split with weights that learn from each segment once it has been scored:
+
+    fairseq-sha evaluate DATA --path checkpoint.pt --dynamic sgd --dynamic-lr 0.05
+
+This dynamic score is printed after the static one, and is never in its place. Each of the
+--batch-size streams is read from its beginning to its end before the next one, and starts from the
+trained weights. With --context-window, windows are read one after the other, and the weights learn
+from the --dynamic-segment tokens after the context. rms needs statistics of train, which are
+collected once. fairseq-sha tune-dynamic finds the learning rate and the decay.
 """
 
 import json
 import time
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, check_new, load_model
+from fairseq_sha.commands.common import (
+    add_dynamic_arguments,
+    add_model_arguments,
+    add_statistics_arguments,
+    check_dynamic,
+    check_new,
+    dynamic_policy,
+    load_model,
+)
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -48,11 +72,23 @@ def add_arguments(parser):
         help="also score with a softmax temperature that is fitted on another split",
     )
     parser.add_argument(
+        "--by-position",
+        action="store_true",
+        help="also print the bits by distance from the start of what the model sees",
+    )
+    parser.add_argument(
+        "--answers-after",
+        metavar="MARK",
+        help="also count the answers that are right: what follows this character in each line",
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
         help=f"write the figures, and the bits of each {BLOCK:,} bytes of text, to a file",
     )
+    add_dynamic_arguments(parser)
+    add_statistics_arguments(parser)
 
 
 def run(args):
@@ -60,12 +96,50 @@ def run(args):
     if args.json:
         check_new([args.json])
     check_fit(args)
+    check_dynamic(args)
+    if args.dynamic and args.fit_temperature:
+        raise UserError(
+            "--fit-temperature: is fitted to weights that stay as they are; leave it or --dynamic "
+            "out"
+        )
     args.data_bin = args.data_bin or args.data
     trained = load_model(args, allow_stock=True)
+    from fairseq_sha.evaluation import answers
+
     if args.fit_temperature:
         trained.task.load_dataset(args.fit_temperature)
+    policy_of(trained.task, args)  # raises an error if it cannot be so
+    mark = None
+    if args.answers_after is not None:
+        mark = answers.mark_of(trained.task.codec, args.answers_after)
+    dynamic = None
+    if args.dynamic:
+        dynamic = dynamic_policy(args, trained, args.context_window, args.batch_size)
     score, costs, sizes, seconds = evaluate_split(trained, args)
     print(f"{args.split}: {score}")
+    by_position = None
+    if args.by_position:
+        by_position = bits_by_position(trained.task, args, costs, sizes)
+    right = None
+    if mark is not None:
+        task = trained.task
+        read = trained.models[0], task.dataset(args.split), args.split, task.codec
+        right = answers.count(*read, policy_of(task, args), mark, costs)
+        print(f"{args.split}: {right}")
+    learned = None
+    if dynamic:
+        with_learning, costs_of_it, _, seconds_of_it = evaluate_split(trained, args, dynamic)
+        print(f"{args.split}, dynamic: {with_learning}")
+        learned = {
+            "rule": args.dynamic,
+            "lr": args.dynamic_lr,
+            "decay": dynamic.rule.decay,
+            "policy": with_learning.policy,
+            "nats": with_learning.nats,
+            "bits_per_byte": with_learning.bits_per_byte,
+            "seconds": round(seconds_of_it, 3),
+            "block_bits": bits_of_blocks(costs_of_it, sizes),
+        }
     fitted = None
     if args.fit_temperature:
         fit, with_fit = evaluate_fitted(trained, args)
@@ -84,25 +158,49 @@ def run(args):
             "streams": None if args.context_window else args.batch_size,
             "seconds": round(seconds, 3),
             "fitted_temperature": fitted,
+            "dynamic": learned,
+            "by_position": by_position,
+            "answers": right and right._asdict(),
             "block_bytes": BLOCK,
             "block_bits": bits_of_blocks(costs, sizes),
         }
         write_atomically(args.json, json.dumps(content) + "\n")
 
 
-def evaluate_split(trained, args):
-    """The score, the cost of each prediction in nats, the bytes that each stands for, and the
-    seconds that it took, without the time to load."""
+def evaluate_split(trained, args, policy=None):
+    """Read a split.
+
+    Args:
+        policy (~fairseq_sha.evaluation.policies.Policy): how (default: as the options say)
+
+    Returns:
+        the score, the cost of each prediction in nats, the bytes that each stands for, and the
+        seconds that it took, without the time to load
+    """
     from fairseq_sha.evaluation.evaluate import evaluate
 
     task, model = trained.task, trained.models[0]
-    policy = policy_of(task, args)
     task.load_dataset(args.split)
-    corpus = task.dataset(args.split)
+    corpus, policy = task.dataset(args.split), policy or policy_of(task, args)
     started = time.perf_counter()
     score, costs = evaluate(model, corpus, args.split, task.codec, policy, progress=True)
     seconds = time.perf_counter() - started
     return score, costs, task.codec.bytes_per_token()[corpus.tokens[1:]], seconds
+
+
+def bits_by_position(task, args, costs, sizes):
+    """Print a table of bits for each start that distances are counted from, and return them."""
+    from fairseq_sha.evaluation import positions
+
+    corpus, policy = task.dataset(args.split), policy_of(task, args)
+    batches = policy.batches(corpus, args.split, task.codec)
+    found = {
+        start: positions.by_position(distance, costs, sizes)
+        for start, distance in positions.distances(policy, batches, len(corpus)).items()
+    }
+    for start, rows in found.items():
+        print(f"\n{positions.table(start, rows)}\n")
+    return found
 
 
 def check_fit(args):

@@ -4,18 +4,26 @@
 
 Writes the prompt, its continuation and a newline to standard output. A newline ends no text, and
 symbols that stand for no text are never chosen.
+
+--path may name a file of fairseq-sha quantize. Then no torch is needed, tokens are bytes, and a
+seed gives the same text on every machine.
 """
 
 import sys
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, load_model, read_text
+from fairseq_sha.commands.common import (
+    add_model_arguments,
+    load_model,
+    load_portable,
+    read_text,
+)
 from fairseq_sha.errors import UserError
 
 
 def add_arguments(parser):
     """Declare the options."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, what="MODEL")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="(default: none)")
     prompt.add_argument(
@@ -52,12 +60,13 @@ def run(args):
     prompt = args.prompt.encode("utf-8", "surrogateescape")
     if args.prompt_file is not None:
         prompt = read_text(args.prompt_file)
+    portable = load_portable(args)
+    if portable is not None:
+        return generate_in_integers(portable, args, prompt)
     model = load_model(args)
     symbols = len(model.dictionary)
     if (args.beam or 1) >= symbols // 2:
         raise UserError(f"--beam {args.beam}: too many for {symbols} symbols")
-    if args.top_k:
-        options["sampling_topk"] = min(args.top_k, symbols)
     if args.seed is not None:
         import torch
 
@@ -68,6 +77,21 @@ def run(args):
         out = sys.stdout.buffer
         out.write(shown + model.continuation(prompt, args.length, **options) + b"\n")
         out.flush()
+
+
+def generate_in_integers(model, args, prompt):
+    """What :func:`run` does with a :class:`~fairseq_sha.portable.PortableModel`."""
+    for name in ("top_k", "top_p", "beam"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}: not for a model in integers; leave it out, or name "
+                "the checkpoint"
+            )
+    for sample in range(args.samples):
+        seed = None if args.seed is None else args.seed + sample
+        drawn = model.generate(prompt, args.length, seed, args.temperature)
+        sys.stdout.buffer.write(prompt + drawn + b"\n")
+        sys.stdout.buffer.flush()
 
 
 def generation_options(args):
@@ -90,6 +114,7 @@ def generation_options(args):
     return {
         "beam": 1,
         "sampling": True,
+        "sampling_topk": args.top_k or -1,
         "sampling_topp": args.top_p or -1.0,
         "temperature": args.temperature,
     }

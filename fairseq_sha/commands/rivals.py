@@ -7,6 +7,11 @@ Each compressor is measured alone, and primed with text of train: what the split
 compressed size of that text, in bits per byte of the split. The data folder may be one of bytes or
 of pieces. ZPAQ takes 6 seconds per MB, and most others less; --cache FILE remembers what was
 measured.
+
+    fairseq-sha rivals data-bin/enwiki6 --path MODEL
+
+adds a model. What it packs and the size of its file count where compressors are alone; after train,
+only what it packs counts, however much of train the model has read.
 """
 
 import argparse
@@ -14,7 +19,7 @@ import json
 import sys
 from pathlib import Path
 
-from fairseq_sha.commands.common import check_new
+from fairseq_sha.commands.common import add_model_arguments, check_new, load_coder, progress_bar
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -41,6 +46,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these compressors (default: all)"
     )
+    add_model_arguments(parser, required=False, what="MODEL")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
     parser.add_argument(
         "--cache", type=Path, metavar="FILE", help="file that remembers sizes for the next time"
@@ -65,6 +71,7 @@ def run(args):
     missing = compressors.missing(args.only)
     if not any(compressor.installed for compressor in compressors.chosen(args.only)):
         raise UserError(missing)
+    coder = load_coder(args) if args.path else None
     train, text = (texts.read_text(args.data, split) for split in ("train", args.split))
     rows = compressors.rows(
         train,
@@ -75,10 +82,16 @@ def run(args):
         streams=args.streams,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    if coder:
+        primed_with = max(row["primed_with"] for row in rows)
+        with progress_bar(Path(args.path).name, len(text)) as bar:
+            rows += compressors.rows_of_model(args.path, coder, text, primed_with, bar.update)
     print(compressors.table(rows, len(train)))
     print(
         f"{args.split}: {len(text):,} bytes. Seconds are those to compress the text before it too."
     )
+    if coder:
+        print("A model: alone with the size of its file, after train without it.")
     if missing:
         print(missing, file=sys.stderr)
     if args.json:

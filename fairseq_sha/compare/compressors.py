@@ -13,14 +13,18 @@ import bz2
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import platform
 import threading
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
+import fairseq_sha
+from fairseq_sha import packed_file
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -187,6 +191,38 @@ def rows(train, test, primed_with=None, cache=None, only=None, streams=1, progre
     return out
 
 
+def rows_of_model(path, coder, test, primed_with, progress=None):
+    """Measure a model as a compressor. Whoever unpacks a text needs the model too, as they need the
+    priming text of a compressor. So the size of its file is counted in the row of the compressor
+    alone, and it is not counted in the primed row.
+
+    Args:
+        path (str or Path): the file of the model
+        coder (~fairseq_sha.packed_file.BlockCoder): what packs with it
+        test (bytes): what is counted
+        primed_with (int): of the primed row; 0 for none
+        progress (callable): gets numbers of further bytes done
+
+    Returns:
+        list of dict: as from :func:`rows`
+    """
+    size_of_model = Path(path).stat().st_size
+    started = time.perf_counter()
+    _, size = packed_file.pack(coder, io.BytesIO(test), io.BytesIO(), progress=progress)
+    row = {
+        "name": f"{Path(path).name}, a model of {size_of_model:,} bytes",
+        "seconds": round(time.perf_counter() - started, 2),
+        "version": f"fairseq-sha {fairseq_sha.__version__}",
+    }
+    sizes = {0: size_of_model + size}
+    if primed_with:
+        sizes[primed_with] = size
+    return [
+        {**row, "primed_with": count, "bits": 8 * total / len(test)}
+        for count, total in sizes.items()
+    ]
+
+
 def part_read(train, count, streams=1):
     """The first ``count`` bytes that a model reads in training, all of them if there are fewer.
 
@@ -287,7 +323,7 @@ def table(results, train_size):
     """The rows as Markdown, one line per compressor, the best first.
 
     Args:
-        results (list of dict): from :func:`rows`
+        results (list of dict): from :func:`rows` and :func:`rows_of_model`
         train_size (int): bytes of all of train
     """
 
@@ -305,7 +341,7 @@ def table(results, train_size):
     cells += [f"seconds, {title(count)}" for count in counts]
     lines = [cells, ["---"] * len(cells)]
     for name, found in sorted(by_name.items(), key=lambda item: item[1][counts[-1]]["bits"]):
-        cells = [f"{found[count]['bits']:.3f}" for count in counts]
-        cells += [f"{found[count]['seconds']:,.1f}" for count in counts]
+        cells = [f"{found[count]['bits']:.3f}" if count in found else "–" for count in counts]
+        cells += [f"{found[count]['seconds']:,.1f}" if count in found else "–" for count in counts]
         lines.append([name, *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 REPEATS = 10_000
+MAX_WEIGHTS = 1 << 22  # drawn at once
 CONFIDENCE = 0.95
 
 
@@ -29,12 +30,16 @@ def draws(models, size, block_bytes=None, seed=0):
     random = np.random.RandomState(seed)
     models = [np.asarray(bits, float) for bits in models]
     blocks = models[0].shape[1]
-    drawn = random.randint(blocks, size=(REPEATS, blocks))
-    weights = np.stack([np.bincount(row, minlength=blocks) for row in drawn])
     sizes = np.full(blocks, size / blocks if block_bytes is None else block_bytes)
     sizes[-1] = size - sizes[:-1].sum()
-    drawn_bytes = weights @ sizes  # fewer where the short block was drawn often
-    values = np.stack([weights @ bits.mean(0) / drawn_bytes for bits in models])
+    values = np.empty((len(models), REPEATS))
+    step = max(1, MAX_WEIGHTS // blocks)  # bounds the memory
+    for first in range(0, REPEATS, step):
+        drawn = random.randint(blocks, size=(min(step, REPEATS - first), blocks))
+        weights = np.stack([np.bincount(row, minlength=blocks) for row in drawn])
+        drawn_bytes = weights @ sizes  # fewer where the short block was drawn often
+        for value, bits in zip(values, models):
+            value[first : first + step] = weights @ bits.mean(0) / drawn_bytes
     for value, bits in zip(values, models):
         seeds = len(bits)
         if seeds > 1:

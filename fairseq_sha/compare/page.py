@@ -6,7 +6,7 @@ import html
 import json
 from typing import List, NamedTuple, Tuple
 
-from fairseq_sha.compare import pictures, summary
+from fairseq_sha.compare import cost, pictures, summary
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -44,22 +44,26 @@ class Section(NamedTuple):
     notes: List[str]
 
 
-def write(folders, destination):
+def write(folders, destination, reach=(), relative_to=None):
     """Write the report.
 
     Args:
         folders (list of Path): of comparisons
         destination (Path): a folder, which is made if it is missing
+        reach (list of float): bits per byte on valid; what it costs to reach them is reported
+        relative_to (str): the model to which these costs are compared (default: the best on test)
 
     Returns:
         whether pictures could be drawn
 
     Raises:
-        UserError: a folder has no results, or they are not of the same test text
+        UserError: a folder has no results, they are not of the same test text, or there is no
+            model ``relative_to``
     """
     comparisons = {name: read(folder) for name, folder in zip(titles(folders), folders)}
     rows = {name: summary.summarise(found["runs"]) for name, found in comparisons.items()}
     check_same_text(rows)
+    check_reference(rows, relative_to)
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -82,9 +86,14 @@ def write(folders, destination):
     if len(comparisons) > 1:
         joint = joint_table(comparisons, rows)
         note = "Intervals, machines, versions and commands are given with each comparison below."
-        sections.append(Section("All comparisons", "", [joint], joint_drawn, [note]))
+        costs, notes = costs_between(list(rows.values()), reach, relative_to)
+        sections.append(
+            Section("All comparisons", "", [joint, *costs], joint_drawn, [note, *notes])
+        )
     for name, found in comparisons.items():
         tables, notes = summary.report(found)
+        costs, about_costs = costs_within(rows[name], reach, relative_to)
+        tables, notes = [*tables, *costs], [*notes, *about_costs]
         command = found.get("command", "")
         sections.append(Section(name, command, tables, drawn.get(name, []), notes))
     title = "Comparison of language models"
@@ -139,6 +148,35 @@ def joint_table(comparisons, rows):
     header = [f"{name} ({found['settings']['budget']})" for name, found in comparisons.items()]
     lines = [[model, *(cells.get(name, "–") for name in rows)] for model, cells in models.items()]
     return summary.Table("Bits per byte, test", ["model", *header], lines)
+
+
+def check_reference(rows, model):
+    """UserError if no comparison has the model to which costs are compared."""
+    known = sorted({row["model"] for found in rows.values() for row in found})
+    if model is not None and model not in known:
+        raise UserError(f"--relative-to {model}: no such model; there are {', '.join(known)}")
+
+
+def costs_within(rows, reach, reference):
+    """Tables of what it costs to reach scores within each run of a comparison, and sentences."""
+    models = {row["model"]: (cost.within(row["runs"]), row["runs"]) for row in rows}
+    return costs_of(models, reach, reference or summary.best_row(rows)["model"], cost.WITHIN)
+
+
+def costs_between(comparisons, reach, reference):
+    """The same between the runs of several comparisons."""
+    runs = {}
+    for row in (row for rows in comparisons for row in rows):
+        runs.setdefault(row["model"], []).extend(row["runs"])
+    models = {name: (cost.between(found), found) for name, found in runs.items()}
+    reference = reference or summary.best_row(comparisons[-1])["model"]
+    return costs_of(models, reach, reference, cost.BETWEEN)
+
+
+def costs_of(models, reach, reference, where):
+    """A table for each score; the sentences hold for all of them."""
+    found = [cost.report(models, target, reference, where) for target in reach]
+    return [table for table, _ in found], found[0][1] if found else []
 
 
 def as_markdown(title, sections):

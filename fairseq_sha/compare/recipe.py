@@ -18,6 +18,8 @@ TOOLS = Path(sys.executable).parent
 # Models of these tasks are evaluated by ``fairseq-sha evaluate``, others by fairseq-eval-lm.
 OUR_TASKS = {"byte_language_modeling", "segment_language_modeling"}
 EVALUATION = {"tokens_per_sample", "batch_size", "context_window", "model_overrides"}
+EVALUATION |= {"answers_after"}
+CHANGE = re.compile(r"\w+\.[^\s=]+=\S+$")
 
 # Fields of fairseq's schedulers that count updates; the misspelling is fairseq's.
 SCHEDULE = {"warmup_updates", "warmup_steps", "hold_steps", "decay_steps", "total_num_update"}
@@ -112,6 +114,43 @@ def load(path, data, changes, sections=None):
             f"larger than context_window {context}; raise tokens_per_sample"
         )
     return Recipe(path.stem, config, evaluation)
+
+
+def grid(variants):
+    """The variants that ``--vary`` asks for.
+
+    Args:
+        variants (list of str): changes ``section.field=value`` with spaces between them
+
+    Returns:
+        the name of each variant and its changes, a dict of lists
+
+    Raises:
+        UserError: a change is malformed, or two variants have the same name
+    """
+    out = {}
+    for variant in variants:
+        changes = variant.split()
+        if not changes or not all(map(CHANGE.match, changes)):
+            raise UserError(
+                f"--vary '{variant}': give SECTION.FIELD=VALUE, or several of them with spaces "
+                "between, such as 'model.attention_layers=[] model.width=268'"
+            )
+        name = variant_name(changes[0])
+        if name in out:
+            raise UserError(
+                f"--vary '{variant}': another variant is called {name} too; begin each with the "
+                "change that makes it different"
+            )
+        out[name] = changes
+    return out
+
+
+def variant_name(change):
+    """A name for a folder: ``attention_layers-0-2`` for ``model.attention_layers=[0,2]``."""
+    field, value = change.split("=", 1)
+    value = re.sub(r"[^\w.]+", "-", value).strip("-")
+    return f"{field.split('.')[-1]}-{value or 'none'}"
 
 
 def lookup(config, field, default=None):
@@ -298,6 +337,8 @@ def eval_command(recipe, run, split, streams):
     command += ["--batch-size", settings.get("batch_size", streams)]
     if settings.get("context_window"):
         command += ["--context-window", settings["context_window"]]
+    if settings.get("answers_after"):
+        command += ["--answers-after", settings["answers_after"]]
     if settings.get("model_overrides"):
         command += ["--model-overrides", settings["model_overrides"]]
     if plugin:

@@ -1,6 +1,7 @@
 """Runs a comparison: tunes, calibrates, trains, evaluates, reports (``commands/compare.py``)."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from fairseq_sha.compare.runs import (
     updates_of,
     write_json,
 )
+from fairseq_sha.compare.space import RELATIVE
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -50,6 +52,7 @@ def compare(args):
     tuned = None
     if args.space:
         tuned = tuning.Tuning(args, models)
+        check_varied(args, tuned.space)
         if args.dry_run:
             print(tuned)
         else:
@@ -152,8 +155,11 @@ def load(args):
             "the jobs run; give --updates or --bytes"
         )
     models = {}
-    for path in args.configs:
-        model = recipes.load(path, args.data, args.set, args.recipe)
+    variants = recipes.grid(args.vary) or {"": []}
+    for path, (variant, changes) in itertools.product(args.configs, variants.items()):
+        model = recipes.load(path, args.data, [*args.set, *changes], args.recipe)
+        if variant:
+            model = model._replace(name=f"{model.name}-{variant}")
         if model.name in models:
             raise UserError(f"{path}: another config is called {model.name} too; rename one")
         check_data(Path(model.config["task"]["data"]))
@@ -166,6 +172,18 @@ def load(args):
             )
         models[model.name] = model
     return list(models.values())
+
+
+def check_varied(args, space):
+    """UserError if tuning would replace what ``--vary`` sets."""
+    varied = {change.split("=")[0] for change in itertools.chain(*recipes.grid(args.vary).values())}
+    for setting in (*space.settings, *space.own.values()):
+        both = varied & set(setting.fields)
+        if both and setting.kind not in RELATIVE:
+            raise UserError(
+                f"--vary {min(both)}: {args.space} gives it other values in each trial; remove it "
+                "from one of them"
+            )
 
 
 def check_device(device):

@@ -17,6 +17,8 @@ from fairseq_sha.files import write_atomically
 
 BUDGETS = ("seconds", "updates", "bytes")
 SPLITS = ("valid", "test")
+#: How much longer a slow model may be measured.
+LONGER = (1, 2, 4, 8)
 
 
 class Budget(NamedTuple):
@@ -95,18 +97,21 @@ def known_updates(budget, model, folder):
 
 
 def calibrate(args, model, folder):
-    """Train a model for a short time and write its speed to speed.json; RunFailed."""
+    """Train a model for a short time, or a longer one if it is slow, and write its speed to
+    speed.json; RunFailed."""
     log = folder / "calibration.log"
-    if log.exists():
-        log.unlink()
-    command = recipes.calibration_command(folder, args.calibration_seconds)
-    args.processes.execute(command, log, model.title, lambda: "measuring the speed", is_trained)
-    training = logs.read_training(read(log))
-    if training is None or training.train[-1][0] < logs.SETTLING + recipes.CALIBRATION_INTERVAL:
-        raise RunFailed(
-            f"is too slow to be measured in {args.calibration_seconds:g} s; raise "
-            "--calibration-seconds"
-        )
+    for factor in LONGER:
+        if log.exists():
+            log.unlink()
+        seconds = factor * args.calibration_seconds
+        command = recipes.calibration_command(folder, seconds)
+        args.processes.execute(command, log, model.title, lambda: "measuring the speed", is_trained)
+        training = logs.read_training(read(log))
+        least = logs.SETTLING + recipes.CALIBRATION_INTERVAL
+        if training is not None and training.train[-1][0] >= least:
+            break
+    else:
+        raise RunFailed(f"is too slow to be measured in {seconds:g} s; raise --calibration-seconds")
     speed = {
         "updates_per_second": 1 / training.seconds_per_update,
         "tokens_per_update": training.tokens_per_update,

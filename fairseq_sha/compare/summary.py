@@ -213,6 +213,7 @@ def main_table(rows, rivals, machines):
         "tuned": lambda row: bits(row["scores"].get("tuned")),
         "difference to the best model": difference,
         "rank": lambda row: rank(row["rank"]),
+        "answers right": lambda row: answers(row["runs"]),
         "parameters": lambda row: f"{row['parameters']:,}",
         "training FLOPs": lambda row: power(row["training_flops"]),
         "bytes seen": lambda row: f"{row['bytes']:,.0f}",
@@ -325,6 +326,14 @@ def rank(ends):
         return "–"
     low, high = ends
     return str(low) if low == high else f"{low} to {high}"
+
+
+def answers(runs):
+    """The mean share of answers that greedy prediction gets right, as text."""
+    found = [run["test"].get("answers") for run in runs]
+    if None in found:
+        return "–"
+    return f"{mean(of['correct'] / of['tokens'] for of in found):.1%}"
 
 
 def power(number):

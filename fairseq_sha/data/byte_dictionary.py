@@ -41,8 +41,12 @@ class ByteDictionary(Dictionary):
         values[self.eos()] = NEWLINE
         return values
 
-    def encode(self, data):
+    def encode(self, data, offset=0):
         """Token ids of a bytes object: LongTensor ``[len(data)]``.
+
+        Args:
+            data (bytes): a text or a part of it
+            offset (int): of the part, for messages
 
         Raises:
             UserError: a byte that the dictionary lacks; it has no honest probability.
@@ -54,9 +58,9 @@ class ByteDictionary(Dictionary):
         tokens = ids[np.frombuffer(data, dtype=np.uint8)]
         unseen = np.flatnonzero(tokens < 0)
         if len(unseen):
-            offset = int(unseen[0])
+            first = int(unseen[0])
             raise UserError(
-                f"byte {data[offset]} at offset {offset} of the text does not occur in the "
+                f"byte {data[first]} at offset {offset + first} of the text does not occur in the "
                 "training data, so the model has no probability for it; remove it or train on "
                 "data preprocessed with --all-bytes"
             )

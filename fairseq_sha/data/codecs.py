@@ -19,6 +19,9 @@ from fairseq_sha.data import pieces
 from fairseq_sha.data.byte_dictionary import ByteDictionary, load_dictionary
 from fairseq_sha.errors import UserError
 
+#: Bytes of a text that are read at once.
+PART = 1 << 16
+
 
 class Words(NamedTuple):
     """Where words begin: a word is a run of bytes that are not white space, or the end of a line.
@@ -118,12 +121,46 @@ class Codec(abc.ABC):
         return cls(dictionary, **kwargs)
 
     @abc.abstractmethod
-    def encode(self, data):
+    def encode(self, data, offset=0):
         """Token ids of a text: bytes to LongTensor ``[length]``.
+
+        Args:
+            data (bytes): the text, or a part that :meth:`cut` gave
+            offset (int): of the part, for messages
 
         Raises:
             UserError: something in it cannot be encoded
         """
+
+    @abc.abstractmethod
+    def cut(self, chunks):
+        """Cut a text where no token is cut, so that a large one need not be in memory.
+
+        Args:
+            chunks (iterable of bytes): the text, in pieces of any size
+
+        Yields:
+            bytes: parts of the text that are encoded, and whose costs are spread, one by one with
+            the result for the whole text
+        """
+
+    def parts(self, chunks):
+        """The parts of a text, as :meth:`cut` gives them, and their tokens: pairs of bytes and an
+        int64 array.
+
+        Raises:
+            UserError: as :meth:`encode`
+        """
+        offset = 0
+        for text in self.cut(chunks):
+            yield text, self.encode(text, offset).numpy()
+            offset += len(text)
+
+    def check(self, chunks):
+        """Raise the UserError that :meth:`encode` would raise for a text. Argument as for
+        :meth:`cut`."""
+        for _ in self.parts(chunks):
+            pass
 
     @abc.abstractmethod
     def texts(self):
@@ -185,8 +222,11 @@ class ByteCodec(Codec):
     lossless = True
     dictionary_type = ByteDictionary
 
-    def encode(self, data):
-        return self.dictionary.encode(data)
+    def encode(self, data, offset=0):
+        return self.dictionary.encode(data, offset)
+
+    def cut(self, chunks):
+        return filter(None, chunks)
 
     def sizes(self, data):
         return np.ones(len(data), np.int64)
@@ -226,9 +266,23 @@ class WordCodec(Codec):
             raise UserError(f"{folder}: its tokens are pieces, not words; use --codec pieces")
         return super().load(folder)
 
-    def encode(self, data):
-        tokens = [self._token(match[0]) for match in _WORD.finditer(_text(data))]
+    def encode(self, data, offset=0):
+        tokens = [self._token(match[0]) for match in _WORD.finditer(_text(data, offset))]
         return torch.tensor(tokens, dtype=torch.long)
+
+    def cut(self, chunks):
+        """White space belongs to the word before it, so parts begin where a token does: at a
+        newline or, in a long line, at a word. Both are ASCII, which no character of UTF-8 hides."""
+        rest, begun = b"", False
+        for chunk in chunks:
+            rest += chunk
+            end = max(rest.rfind(b"\n"), 0) or _last_word(rest)
+            # White space at the very beginning belongs to the first token.
+            if end and (begun or _WORD.search(_text(rest[:end]))):
+                yield rest[:end]
+                rest, begun = rest[end:], True
+        if rest:
+            yield rest
 
     def _token(self, word):
         if word == "\n":
@@ -302,7 +356,7 @@ class PieceCodec(Codec):
     def from_state(cls, state):
         return cls.from_symbols(state["symbols"], tokenizer=state["tokenizer"])
 
-    def encode(self, data):
+    def encode(self, data, offset=0):
         """Cuts of long lines are those of :func:`fairseq_sha.data.pieces.lines`, so a split of a
         data folder has the tokens that its text has here.
 
@@ -316,6 +370,21 @@ class PieceCodec(Codec):
         ids[tokenizer.token_to_id(pieces.NEWLINE)] = self.dictionary.eos()
         parts = [ids[part] for part in pieces.encode(tokenizer, pieces.lines([data]))]
         return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
+
+    def cut(self, chunks):
+        lines, size = [], 0
+        for line in pieces.lines(chunks):
+            lines.append(line)
+            size += len(line)
+            if size >= PART:
+                yield b"".join(lines)
+                lines, size = [], 0
+        if lines:
+            yield b"".join(lines)
+
+    def check(self, chunks):
+        """Every text has pieces."""
+        pieces.check_package()
 
     def sizes(self, data):
         return self.bytes_per_token()[self.encode(data).numpy()]
@@ -349,13 +418,24 @@ def _vocabulary(tokenizer):
         raise UserError(f"{pieces.FILE}: not a tokenizer; preprocess the corpus again")
 
 
-def _text(data):
+def _last_word(data):
+    """Where the last word begins that is behind a space, and with a character of ASCII; or 0."""
+    end = len(data)
+    while True:
+        end = data.rfind(b" ", 0, end)
+        if end < 0:
+            return 0
+        if 32 < data[end + 1 : end + 2].ljust(1)[0] < 127:
+            return end + 1
+
+
+def _text(data, offset=0):
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"byte {data[error.start]} at offset {error.start} of the text is not UTF-8, as words "
-            "must be; convert the text"
+            f"byte {data[error.start]} at offset {offset + error.start} of the text is not "
+            "UTF-8, as words must be; convert the text"
         )
 
 

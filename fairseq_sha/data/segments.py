@@ -165,6 +165,7 @@ class SegmentDataset(_Batches):
         num_shards (int): workers that share the corpus; there are ``batch_size * num_shards``
             streams in all
         shard (int): which of them this is
+        first_index (int): of the segments; not 0 if the corpus is a later part of a text
         **kwargs: ``codec``, ``filler`` and ``num_targets``, see :class:`_Batches`
     """
 
@@ -181,10 +182,12 @@ class SegmentDataset(_Batches):
         seed=1,
         num_shards=1,
         shard=0,
+        first_index=0,
         **kwargs,
     ):
         super().__init__(corpus, pad, **kwargs)
         self.split = split
+        self.first_index = first_index
         self.epoch = epoch
         self.batch_size = batch_size
         self.tokens_per_sample = tokens_per_sample
@@ -231,7 +234,7 @@ class SegmentDataset(_Batches):
         batch = super().__getitem__(index)
         batch["id"] = index * self.num_streams + self.first_stream + torch.arange(self.batch_size)
         if self.split is not None:
-            segment = SegmentId(self.split, self.epoch, int(index))
+            segment = SegmentId(self.split, self.epoch, self.first_index + int(index))
             batch["net_input"]["segment"] = str(segment)
         return batch
 

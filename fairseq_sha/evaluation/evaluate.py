@@ -45,6 +45,24 @@ class Score(NamedTuple):
         return f"{', '.join(figures)} ({', '.join(counted)}; {self.policy})"
 
 
+class Tally:
+    """Sums over what has been read so far."""
+
+    def __init__(self):
+        self.nats, self.tokens, self.bytes, self.words = 0.0, 0, 0, 0
+
+    def add(self, batch, nats):
+        """Count a batch and its cost."""
+        self.nats += nats
+        self.tokens += batch["ntokens"]
+        self.bytes += batch.get("nbytes", 0)
+        self.words += batch.get("nwords", 0)
+
+    def score(self, policy):
+        """The :class:`Score`."""
+        return Score(self.nats, self.tokens, self.bytes, self.words or None, str(policy))
+
+
 def _exp(value):
     """``math.exp``, but infinity where that overflows, as the cost of a diverged model may do."""
     try:
@@ -53,7 +71,6 @@ def _exp(value):
         return math.inf
 
 
-@torch.no_grad()
 def token_losses(model, batch):
     """The cost of each target of a batch in nats, ``[B, T]``; those of padding mean nothing."""
     net_input, targets = inputs_of(model, batch)
@@ -82,28 +99,45 @@ def evaluate(model, corpus, split, codec, policy, progress=False, losses=token_l
             predictions
         split (str): its name
         codec (~fairseq_sha.data.codecs.Codec): what its tokens stand for
-        policy (Carried or Sliding): how it is read
+        policy (~fairseq_sha.evaluation.policies.Policy): how it is read
         progress (bool): whether to show progress on standard error, if that is a terminal
         losses (callable): from the model and a batch to the cost of each target, ``[B, T]``
 
     Returns:
         the :class:`Score`, and the cost of each prediction in nats, float32 ``[len(corpus)]``
     """
-    batches = policy.batches(corpus, split, codec)
-    costs = np.full(len(corpus), np.nan, dtype=np.float32)
-    total = dict.fromkeys(("ntokens", "nbytes", "nwords"), 0)
-    nats = 0.0
+    tally = Tally()
     disable = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable) as bar:
-        for index in range(len(batches)):
-            batch = batches[index]
-            costs_of_batch = losses(model, batch).double().cpu().numpy()
-            for row, (first, context, count) in enumerate(batches.rows(index)):
-                scored = costs_of_batch[row, context : context + count]
-                costs[first : first + count] = scored
-                nats += float(scored.sum())
-            for key in total:
-                total[key] += batch.get(key, 0)
-            bar.update(batch["ntokens"])
-    words = total["nwords"] or None
-    return Score(nats, total["ntokens"], total["nbytes"], words, str(policy)), costs
+    bar = tqdm(total=len(corpus), unit="token", unit_scale=True, disable=disable)
+    with bar, policy.reading(model, losses) as read:
+        batches = policy.batches(corpus, split, codec)
+        costs = read_batches(batches, read, len(corpus), tally, bar.update)
+    return tally.score(policy), costs
+
+
+def read_batches(batches, read, predictions, tally, progress=None):
+    """Read a text, or one part of it after the other.
+
+    Args:
+        batches: of a policy
+        read (callable): what the policy's ``reading`` yields
+        predictions (int): of the text or its part
+        tally (Tally): to which the text is added
+        progress (callable): is given the number of tokens after each batch; or None
+
+    Returns:
+        the cost of each prediction in nats, float32 ``[predictions]``
+    """
+    costs = np.full(predictions, np.nan, dtype=np.float32)
+    for index in range(len(batches)):
+        batch = batches[index]
+        costs_of_batch = read(batch).double().cpu().numpy()
+        nats = 0.0
+        for row, (first, context, count) in enumerate(batches.rows(index)):
+            scored = costs_of_batch[row, context : context + count]
+            costs[first : first + count] = scored
+            nats += float(scored.sum())
+        tally.add(batch, nats)
+        if progress is not None:
+            progress(batch["ntokens"])
+    return costs

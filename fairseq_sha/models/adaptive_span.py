@@ -163,10 +163,11 @@ class AdaptiveSpanLayer(nn.Module):
 
     def forward(self, h, state, context):
         """``h [T, B, H]`` and state to the same. The state holds ``cache``, the last inputs of
-        this layer, ``[attn_span, B, H]``; in evaluation only those that some head reaches."""
+        this layer, ``[attn_span, B, H]``; without gradients only those that some head reaches."""
         trimmed, training = context.trimmed[self.index], context.training
-        # In training a span may grow, and reach further the next time.
-        rows = self.attn_span - (0 if training else trimmed)
+        # Where weights learn, a span may grow, and reach further the next time.
+        grows = training or torch.is_grad_enabled()
+        rows = self.attn_span - (0 if grows else trimmed)
         # Before the first token there are zeros, which are attended to like any other row.
         cache = state["cache"] if state else h.new_zeros(rows, *h.shape[1:])
         new_cache = next_memory(cache, h, rows)

@@ -26,12 +26,14 @@ from fairseq_sha.modules import (
     QRNN,
     SRU,
     Boom,
+    FeedForward,
     LayerNormLSTM,
     MinGRU,
     MinLSTM,
     NGramEmbedding,
     SingleHeadAttention,
 )
+from fairseq_sha.modules.boom import gelu
 from fairseq_sha.ops import dropout, last_rows, rows_to_attend
 
 CELLS = {
@@ -74,6 +76,14 @@ class SHARNNConfig(AdaptiveConfig):
     boom_multiple: int = field(
         default=4, metadata={"help": "width of the boom layer in multiples of H (default: paper)"}
     )
+    feed_forward: ChoiceEnum(["boom", "full"]) = field(
+        default="boom",
+        metadata={
+            "help": "boom: chunks of the wide layer are summed; full: a second matrix maps it "
+            "back, as in Transformers, with as many parameters at half of the width "
+            "(default: paper, section 3.2)"
+        },
+    )
     dropout_embedding: float = field(
         default=0.0,
         metadata={"help": "dropout of whole embedding rows (default: paper, table 2)"},
@@ -113,9 +123,6 @@ class SHARNNConfig(AdaptiveConfig):
     ngram_buckets: int = field(
         default=8192, metadata={"help": "rows of the table of each length (default: chosen here)"}
     )
-    ngram_width: int = field(
-        default=64, metadata={"help": "width of these rows (default: chosen here)"}
-    )
     collapse: bool = field(
         default=False,
         metadata={
@@ -146,7 +153,7 @@ class SHARNNLayer(nn.Module):
             )
         self.norm_boom = norm(cfg.width)
         self.norm_residual = norm(cfg.width)
-        self.boom = Boom(cfg.width, cfg.boom_multiple, cfg.dropout_hidden)
+        self.boom = feed_forward(cfg)
 
     def forward(self, h, state, context):
         """``h [T, B, H]`` and state to the same. The state holds the cell's state and, if the layer
@@ -205,7 +212,15 @@ def ngrams(cfg):
     """The :class:`~fairseq_sha.modules.NGramEmbedding` of a config, or None."""
     if not cfg.ngram_orders:
         return None
-    return NGramEmbedding(cfg.ngram_orders, cfg.ngram_buckets, cfg.ngram_width, cfg.width)
+    return NGramEmbedding(list(cfg.ngram_orders), cfg.ngram_buckets, cfg.width)
+
+
+def feed_forward(cfg):
+    """The layer after the cell and the attention: boom, or the usual one with the same GELU."""
+    if cfg.feed_forward == "full":
+        inner = cfg.boom_multiple * cfg.width
+        return FeedForward(cfg.width, inner, cfg.dropout_hidden, gelu)
+    return Boom(cfg.width, cfg.boom_multiple, cfg.dropout_hidden)
 
 
 def norm(width):
@@ -216,7 +231,7 @@ def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "window", "boom_multiple")
     require_dropouts(cfg, "dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output")
-    require_at_least(1, cfg, "ngram_buckets", "ngram_width")
+    require_at_least(1, cfg, "ngram_buckets")
     if any(n < 2 for n in cfg.ngram_orders):
         raise UserError(f"--ngram-orders {cfg.ngram_orders}: each must be at least 2")
     for layer in cfg.attention_layers:
@@ -309,7 +324,8 @@ TINY = Tiny(
     "--clip-norm 0.25",
     variants={
         **{cell: {"cell": cell, "window": 12} for cell in CELLS},
-        "ngrams": {"window": 12, "ngram_orders": [2, 4], "ngram_buckets": 30, "ngram_width": 5},
+        "full": {"window": 12, "feed_forward": "full"},
+        "ngrams": {"window": 12, "ngram_orders": [2, 4], "ngram_buckets": 30},
         "adaptive": {"window": 12, "cutoffs": [7, 15], "div_val": 2.0, "dropout_embedding": 0.1},
     },
 )

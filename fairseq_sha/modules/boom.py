@@ -1,11 +1,17 @@
 """The boom layer (arXiv 1911.11423, section 3.2): a feed-forward layer without a second matrix."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fairseq_sha.ops import dropout
 
 GELU_SLOPE = 1.702
+
+
+def gelu(x):
+    """The paper's form of GELU, ``x sigmoid(1.702 x)``."""
+    return x * torch.sigmoid(GELU_SLOPE * x)
 
 
 class Boom(nn.Module):
@@ -25,7 +31,7 @@ class Boom(nn.Module):
 
     def forward(self, x, training):
         """``[T, B, H] -> [T, B, H]``; dropout only where ``training``"""
-        # gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702 takes one pass over the wide layer.
+        # gelu(x) = silu(1.702 x) / 1.702 takes one pass over the wide layer.
         weight, bias = self.linear.weight, GELU_SLOPE * self.linear.bias
         if len(x) == 1:  # in generation, where x is smaller than the weight
             x = GELU_SLOPE * x

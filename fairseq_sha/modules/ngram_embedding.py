@@ -10,25 +10,24 @@ PRIME = 2**31 - 1
 
 class NGramEmbedding(nn.Module):
     """Hashed n-gram embeddings (A. Pagnoni et al., arXiv 2412.09871, section 3.2.1). Each n-gram
-    that ends in a token is hashed to a row of a table. The rows of all orders, side by side, are
-    projected to the width of the model. (In the paper, rows are as wide as the model, and summed.)
+    that ends in a token is hashed to a row of a table, and the rows of all lengths are summed.
 
     Args:
         orders (list of int): the lengths n, each at least 2
         buckets (int): rows of each length's table
-        width (int): of a row
-        output_width (int): ``H``
+        width (int): ``H``
     """
 
-    def __init__(self, orders, buckets, width, output_width):
+    def __init__(self, orders, buckets, width):
         super().__init__()
         self.orders = orders
         self.buckets = buckets
         self.embedding = nn.Embedding(len(orders) * buckets, width)
-        self.projection = nn.Linear(len(orders) * width, output_width, bias=False)
+        # Small, so that each token's own embedding prevails until rows have learnt something.
+        nn.init.normal_(self.embedding.weight, std=0.1 / width**0.5)
 
     def forward(self, tokens, state):
-        """What is to be added to the embedded tokens ``[T, B, H]``, and the new state.
+        """What is to be added to the embedded tokens, ``[T, B, H]``, and the new state.
 
         Args:
             tokens (LongTensor): ``[T, B]``
@@ -38,8 +37,9 @@ class NGramEmbedding(nn.Module):
         length = max(self.orders) - 1
         before = state["tokens"] if state else tokens.new_zeros(length, tokens.size(1))
         text = torch.cat([before, tokens])
-        rows = self.embedding(self.rows(text))
-        return self.projection(rows.flatten(-2)), {"tokens": text[len(text) - length :].clone()}
+        # A view would keep the whole segment alive.
+        after = {"tokens": text[len(text) - length :].clone()}
+        return self.embedding(self.rows(text)).sum(-2), after
 
     def rows(self, text):
         """The row of the table for each order, ``[T, B, len(orders)]``.

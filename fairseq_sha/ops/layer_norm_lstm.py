@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fairseq_sha.ops.products import loop_types, product, weight_gradient, without_autocast
+from fairseq_sha.ops.products import (
+    add_product,
+    loop_types,
+    product,
+    weight_gradient,
+    without_autocast,
+)
+
+sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 def layer_norm_lstm(from_input, h0, c0, weight, norm_hidden, norm_cell, eps=1e-5):
@@ -42,95 +51,100 @@ def layer_norm_lstm(from_input, h0, c0, weight, norm_hidden, norm_cell, eps=1e-5
 
 
 def _forward(eps, from_input, h0, c0, weight, gain, bias, cell_gain, cell_bias):
-    """All h and c ``[T, B, H]``; all gates and normalised products before gain and bias,
-    ``[T, B, 4 H]``, and the reciprocals of their standard deviations ``[T, B, 1]``."""
-    width, shape = h0.size(1), from_input.shape[:2]
-    states, cells = (from_input.new_empty(*shape, width) for _ in range(2))
-    all_gates = from_input + bias
-    normalised = torch.empty_like(all_gates)
-    scales = from_input.new_empty(*shape, 1)
+    """All h and c ``[T, B, H]``; all gates and all ``W h`` ``[T, B, 4 H]``."""
+    width = h0.size(1)
+    all_gates = from_input.clone(memory_format=torch.contiguous_format)
+    products = torch.zeros_like(all_gates)
+    states, cells = (h0.new_empty(*from_input.shape[:2], width) for _ in range(2))
     transposed = weight.t()
+    if len(from_input) > 1:  # a single step would take less time than the copy
+        transposed = transposed.contiguous()
     h, c = h0, c0
-    steps = (all_gates, normalised, scales, states, cells)
-    for gates, norm, scale, h_t, c_t in zip(*(tensor.unbind() for tensor in steps)):
-        norm_t, _, scale_t = torch.native_layer_norm(
-            product(h, transposed), [4 * width], None, None, eps
-        )
-        norm.copy_(norm_t)
-        scale.copy_(scale_t)
-        gates.addcmul_(norm, gain)
+    steps = zip(*(tensor.unbind() for tensor in (products, all_gates, states, cells)))
+    for product_t, gates, h_t, c_t in steps:
+        add_product(product_t, h, transposed)
+        gates.add_(F.layer_norm(product_t, [4 * width], gain, bias, eps))
         gates[:, : 2 * width].sigmoid_()
-        gates[:, 2 * width : 3 * width].tanh_()
-        gates[:, 3 * width :].sigmoid_()
         i, f, g, o = gates.chunk(4, 1)
-        c = torch.addcmul(f * c, i, g, out=c_t)
+        g.tanh_()
+        o.sigmoid_()
+        c = torch.mul(f, c, out=c_t).addcmul_(i, g)
         h = torch.mul(o, F.layer_norm(c, [width], cell_gain, cell_bias, eps).tanh_(), out=h_t)
-    return states, cells, all_gates, normalised, scales
+    return states, cells, all_gates, products
 
 
 class _LayerNormLSTM(torch.autograd.Function):
     """Whatever of the gradient does not depend on later steps is computed for all steps at once.
-    The gradient of W is one product."""
+    The gradients of W and of the norms are one operation each."""
 
     @staticmethod
-    def forward(ctx, eps, from_input, h0, c0, weight, gain, bias, cell_gain, cell_bias):
-        inputs = from_input, h0, c0, weight, gain, bias, cell_gain, cell_bias
-        states, cells, *saved = _forward(eps, *inputs)
+    def forward(ctx, eps, from_input, h0, c0, weight, *vectors):
+        states, cells, *saved = _forward(eps, from_input, h0, c0, weight, *vectors)
         ctx.eps = eps
-        vectors = weight, gain, cell_gain, cell_bias
-        ctx.save_for_backward(h0, c0, *vectors, states, cells, *saved)
+        ctx.save_for_backward(h0, c0, weight, *vectors, states, cells, *saved)
         return states, states[-1].clone(), cells[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_states, grad_h, grad_c):
-        h0, c0, weight, gain, cell_gain, cell_bias, *saved = ctx.saved_tensors
-        states, cells, all_gates, normalised, scales = saved
+        h0, c0, weight, gain, bias, cell_gain, cell_bias, *saved = ctx.saved_tensors
+        states, cells, all_gates, products = saved
         width = h0.size(1)
-        cells_before = torch.cat([c0[None], cells[:-1]])
+        product_norm = _Norm(products, gain, bias, ctx.eps)
+        cell_norm = _Norm(cells, cell_gain, cell_bias, ctx.eps)
         i, f, g, o = all_gates.chunk(4, 2)
-        # The cell's norm at all steps.
-        cell_norm, _, cell_scales = torch.native_layer_norm(cells, [width], None, None, ctx.eps)
-        tanh = torch.addcmul(cell_bias, cell_norm, cell_gain).tanh_()
+        tanh = cell_norm.output.tanh_()
         # Derivatives of c_t with respect to the arguments of i, f and g, and of h_t to that of o.
         slopes = torch.empty_like(all_gates)
-        torch.mul(g * i, 1 - i, out=slopes[..., :width])
-        torch.mul(cells_before * f, 1 - f, out=slopes[..., width : 2 * width])
-        torch.mul(i, 1 - g * g, out=slopes[..., 2 * width : 3 * width])
-        torch.mul(tanh * o, 1 - o, out=slopes[..., 3 * width :])
-        through = o * (1 - tanh * tanh)  # of h_t with respect to the cell's norm
+        of_i, of_f, of_g, of_o = slopes.chunk(4, 2)
+        sigmoid_backward(g, i, grad_input=of_i)
+        sigmoid_backward(torch.cat([c0[None], cells[:-1]]), f, grad_input=of_f)
+        tanh_backward(i, g, grad_input=of_g)
+        sigmoid_backward(tanh, o, grad_input=of_o)
+        # Of h_t with respect to the cell's norm; then the gradient of that norm's output.
+        grad_cell_norms = torch.ops.aten.tanh_backward(o, tanh)
         grad_products = torch.empty_like(all_gates)
-        grad_cell_norms = torch.empty_like(cells)
-        for t in reversed(range(len(states))):
-            grad_h = grad_h + grad_states[t]
-            grad_norm = torch.mul(grad_h, through[t], out=grad_cell_norms[t])
-            grad_c = grad_c + _through_norm(grad_norm * cell_gain, cell_norm[t], cell_scales[t])
-            grad_gates = slopes[t]
-            grad_gates[:, : 3 * width].unflatten(1, (3, width)).mul_(grad_c.unsqueeze(1))
-            grad_gates[:, 3 * width :].mul_(grad_h)
-            grad_c = grad_c * f[t]
-            grad_product = _through_norm(grad_gates * gain, normalised[t], scales[t])
-            grad_products[t] = grad_product
+        of_cell = slopes.unflatten(2, (4, width))[:, :, :3]
+        tensors = grad_states, grad_cell_norms, slopes, of_cell, of_o, f, grad_products
+        steps = list(enumerate(zip(*(tensor.unbind() for tensor in tensors))))
+        for t, (grad_h_t, grad_norm, gates, of_c, of_h, f_t, grad_product) in reversed(steps):
+            grad_h = grad_h + grad_h_t
+            grad_c = grad_c + cell_norm.backward(t, grad_norm.mul_(grad_h))
+            of_c.mul_(grad_c.unsqueeze(1))
+            of_h.mul_(grad_h)
+            grad_c = grad_c * f_t
+            grad_product.copy_(product_norm.backward(t, gates))
             grad_h = product(grad_product, weight)
         before = torch.cat([h0[None], states[:-1]])
         grad_weight = weight_gradient(grad_products, before, weight.dtype)
-        return (
-            None,
-            slopes,
-            grad_h,
-            grad_c,
-            grad_weight,
-            (slopes * normalised).sum((0, 1)),
-            slopes.sum((0, 1)),
-            (grad_cell_norms * cell_norm).sum((0, 1)),
-            grad_cell_norms.sum((0, 1)),
+        of_norms = *product_norm.of_parameters(slopes), *cell_norm.of_parameters(grad_cell_norms)
+        return None, slopes, grad_h, grad_c, grad_weight, *of_norms
+
+
+class _Norm:
+    """Layer normalisation of all steps at once, and its gradients.
+
+    Args:
+        x (Tensor): ``[T, B, N]``
+        gain, bias (Tensor): ``[N]``
+    """
+
+    def __init__(self, x, gain, bias, eps):
+        self.x, self.vectors = x, (gain, bias)
+        self.output, *statistics = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
+        self.statistics = statistics
+        self.steps = list(zip(*(tensor.unbind() for tensor in (x, *statistics))))
+
+    def backward(self, t, gradient):
+        """The gradient of step ``t`` of ``x``, ``[B, N]``, from that of the output."""
+        x, *statistics = self.steps[t]
+        return self._backward(gradient, x, statistics, [True, False, False])[0]
+
+    def of_parameters(self, gradient):
+        """The gradients of gain and bias from that of the output ``[T, B, N]``."""
+        return self._backward(gradient, self.x, self.statistics, [False, True, True])[1:]
+
+    def _backward(self, gradient, x, statistics, wanted):
+        return torch.ops.aten.native_layer_norm_backward(
+            gradient, x, self.vectors[0].shape, *statistics, *self.vectors, wanted
         )
-
-
-def _through_norm(gradient, normalised, scale):
-    """The gradient of what a norm without gain and bias was given, ``[B, N]``, from that of what it
-    returned, the latter itself, and the reciprocal of the standard deviation ``[B, 1]``."""
-    size = gradient.size(1)
-    projection = (gradient * normalised).sum(1, keepdim=True) / size
-    centred = gradient - gradient.mean(1, keepdim=True)
-    return centred.addcmul_(normalised, projection, value=-1).mul_(scale)

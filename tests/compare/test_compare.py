@@ -382,6 +382,32 @@ def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monke
     assert runs.updates_of(args, budget, model, folder) == updates
 
 
+class SlowTraining:
+    """Stands for processes whose training makes an update in so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def execute(self, command, log, *unused):
+        hours = float(re.search(r"stop_time_hours=([\d.]+)", " ".join(map(str, command)))[1])
+        updates = range(5, int(3600 * hours / self.seconds) + 1, 5)
+        speeds = {"wpb": "100", "wps": str(100 / self.seconds), "bpb": "3"}
+        lines = [json.dumps({"epoch": 1, "num_updates": str(u), **speeds}) for u in updates]
+        log.write_text("\n".join(["training on 1 devices", *lines]))
+
+
+def test_slow_models_are_measured_longer(data, configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "machine", lambda processes: {})
+    model = recipes.load(configs / "good.yaml", data, [])
+    args = argparse.Namespace(calibration_seconds=10.0, processes=SlowTraining(2.5))
+    runs.calibrate(args, model, tmp_path)
+    speed = json.loads((tmp_path / "speed.json").read_text())
+    assert speed["updates_per_second"] == pytest.approx(0.4) and speed["measured_updates"] == 15
+    args.processes = SlowTraining(6.0)
+    with pytest.raises(RunFailed, match="too slow to be measured in 80 s"):
+        runs.calibrate(args, model, tmp_path)
+
+
 def test_seeds_are_trained_through_a_launcher(data, configs, tmp_path, monkeypatch, capsys):
     """One multirun; what it leaves is read like any other run's."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+import fairseq_sha
 from fairseq_sha import UserError
 from fairseq_sha.commands import main
 from fairseq_sha.compare import compressors
 from fairseq_sha.compare.texts import read_text
+from tests import stand_in_compress
 from tests.commands import REPOSITORY
 from tests.tiny_corpus import text, write_folder
 
@@ -77,6 +79,34 @@ def test_what_is_printed_and_written(data, tmp_path, capsys):
     assert main([*words[:-4], "--prime", "0", "--split", "valid"]) == 0
     out = capsys.readouterr().out
     assert "after" not in out.splitlines()[0] and "valid: 701 bytes" in out
+
+
+def test_a_model_is_measured_with_its_size_and_without(data, tmp_path, capsys, monkeypatch):
+    portable = stand_in_compress.portable()
+    monkeypatch.setitem(sys.modules, "fairseq_sha.portable", portable)
+    monkeypatch.setattr(fairseq_sha, "portable", portable, raising=False)
+    (tmp_path / "model").write_bytes(bytes(1234))
+    (tmp_path / "test").write_bytes(text(833, 3))
+    path = tmp_path / "rows.json"
+    model = "--path", str(tmp_path / "model")
+    words = ["rivals", data, "--only", "bzip2", *model, "--json", str(path)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert main(["compress", *model, str(tmp_path / "test")]) == 0
+    size = (tmp_path / "test.shac").stat().st_size
+    rows = json.loads(path.read_text())[2:]
+    assert [(row["name"], row["primed_with"], row["bits"]) for row in rows] == [
+        ("model, a model of 1,234 bytes", 0, pytest.approx(8 * (1234 + size) / 833)),
+        ("model, a model of 1,234 bytes", 6000, pytest.approx(8 * size / 833)),
+    ]
+    row = f"| model, a model of 1,234 bytes | {rows[0]['bits']:.3f} | {rows[1]['bits']:.3f} |"
+    assert row in out and "A model: alone with the size of its file, after train without" in out
+
+    capsys.readouterr()
+    assert main([*words[:-2], "--prime", "0"]) == 0
+    assert row[: -len(" 0.000 |")] in capsys.readouterr().out
+    assert main([*words[:-2], "--prime", "2000"]) == 0
+    assert "after 2,000 bytes of train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

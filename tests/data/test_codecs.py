@@ -5,12 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_sha import UserError
 from fairseq_sha.data import pieces
-from fairseq_sha.data.codecs import CODECS, ByteCodec, PieceCodec, WordCodec, codec_from_state
+from fairseq_sha.data.codecs import CODECS, PART, ByteCodec, PieceCodec, WordCodec, codec_from_state
 from tests.tiny_corpus import text
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -155,3 +155,43 @@ def test_old_checkpoints_do_not_name_their_codec():
     assert codec_from_state({"symbols": [*SPECIAL, "97"]}).decode([4]) == b"a"
     with pytest.raises(UserError, match="its codec 'runes' is unknown"):
         codec_from_state({"symbols": SPECIAL, "codec": "runes"})
+
+
+SPACED = [*LIKELY[:-2], b"\xc3\xa9", b" a", "\u00a0".encode(), "\u2003x".encode(), b"the \n  cat"]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([ALL_BYTES, PIECES, WORDS]),
+    st.lists(st.sampled_from([part for part in SPACED if part != b"\xed\xa0\x80"]), max_size=40),
+    st.integers(1, 30),
+)
+def test_text_in_parts_has_the_tokens_and_costs_of_the_whole_text(codec, words, size):
+    data = b"".join(words)
+    parts = list(codec.parts(data[i : i + size] for i in range(0, len(data), size)))
+    assert b"".join(part for part, _ in parts) == data
+    tokens = codec.encode(data).numpy()
+    assert np.array_equal(np.concatenate([tokens[:0], *(found for _, found in parts)]), tokens)
+    costs = np.random.RandomState(1).rand(len(tokens))
+    ends = np.cumsum([0, *(len(found) for _, found in parts)])
+    spread = [codec.spread(part, costs[i:j]) for (part, _), i, j in zip(parts, ends, ends[1:])]
+    assert np.array_equal(np.concatenate([np.zeros(0), *spread]), codec.spread(data, costs))
+
+
+def test_parts_of_long_texts_are_short():
+    def longest(codec, data):
+        chunks = (data[i : i + 1000] for i in range(0, len(data), 1000))
+        return max(len(part) for part, _ in codec.parts(chunks))
+
+    lines, line = b"the cat\n" * 20_000, b"the cat " * 20_000
+    assert longest(ALL_BYTES, lines) == 1000
+    assert longest(WORDS, lines) < 1100 and longest(WORDS, line) < 1100
+    assert longest(PIECES, lines) < PART + 10
+
+
+@pytest.mark.parametrize("codec", [ALL_BYTES, WORDS], ids=["bytes", "words"])
+def test_offset_of_what_cannot_be_read_is_that_in_the_text(codec):
+    codec = ByteCodec.from_symbols([*SPECIAL, "97", "32"]) if codec is ALL_BYTES else codec
+    data = b"a " * 1000 + b"\n" + b"\xff"
+    with pytest.raises(UserError, match=r"byte 255 at offset 2001 of the text"):
+        codec.check(data[i : i + 77] for i in range(0, len(data), 77))

@@ -1,5 +1,7 @@
 """SHA-RNN against numbers that the author's published code produced, and against itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -79,6 +81,28 @@ def test_collapsing_changes_no_output():
     collapsed.load_state_dict(weights)
     tokens = torch.randint(29, (3, 20))
     torch.testing.assert_close(collapsed(tokens)[0], full(tokens)[0])
+
+
+def test_usual_feed_forward_layer_is_that_of_transformers():
+    model = randomise(decoder(attention_layers=[], num_layers=1, feed_forward="full")).eval()
+    weights, layer = dict(model.named_parameters()), model.layers[0]
+    assert layer.boom.linear1.out_features == 4 * 24
+    h = torch.randn(5, 2, 24, generator=torch.Generator().manual_seed(1))
+    out, _ = layer(h, {}, SimpleNamespace(training=False))
+    after_cell, _ = layer.cell(layer.norm_start(h), {})
+    wide = layer.norm_boom(after_cell) @ weights["layers.0.boom.linear1.weight"].t()
+    wide = wide + weights["layers.0.boom.linear1.bias"]
+    wide = wide / (1 + torch.exp(-1.702 * wide)) @ weights["layers.0.boom.linear2.weight"].t()
+    expected = layer.norm_residual(after_cell) + wide + weights["layers.0.boom.linear2.bias"]
+    torch.testing.assert_close(out, expected)
+
+
+def test_half_the_width_makes_the_usual_layer_as_large_as_boom():
+    def count(**fields):
+        return sum(p.numel() for p in decoder(width=256, **fields).parameters())
+
+    boom, full = count(), count(feed_forward="full", boom_multiple=2)
+    assert full == pytest.approx(boom, rel=0.001)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "layer_norm_lstm", "sru", "min_gru", "min_lstm", "qrnn"])

@@ -2,13 +2,17 @@
 
 import re
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq.optim.amp_optimizer import AMPOptimizer
 
 from fairseq_sha.optim.averaged_weights import AveragedWeights, non_monotone, stalled
+from fairseq_sha.tasks.segment_language_modeling import SegmentLanguageModelingTask
 from tests.commands import command, logged_losses
 from tests.options import SHA_RNN
+from tests.test_workers import NO_DROPOUT, same_weights, train_with_workers
 from tests.tiny_corpus import write_folder
 
 
@@ -182,6 +186,68 @@ def test_checkpoints_hold_the_mean_of_the_weights_and_resume(data, tmp_path):
         assert again == {update: losses[update] for update in again}
         ours, expected = model_of(save / "checkpoint_last.pt"), model_of(last)
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+class Scaler:
+    """Stands for torch's GradScaler: its scale before the update and after it."""
+
+    def __init__(self, before, after):
+        self.scale, self.after = before, after
+
+    def get_scale(self):
+        return self.scale
+
+    def step(self, optimizer):
+        pass
+
+    def update(self):
+        self.scale = self.after
+
+
+def test_update_whose_gradients_overflow_is_not_averaged():
+    averaged = make()
+    for cost in (1.0, 2.0):
+        averaged.after_validation(cost)
+    task = SimpleNamespace(
+        cfg=SimpleNamespace(
+            scale_lr_by_length=False,
+            disable_validation=True,
+            save_interval_updates=0,
+            validate_after_updates=0,
+        ),
+        averaged=averaged,
+        train_iterator=None,
+        _segment_lengths=[],
+    )
+    counts = []
+    for before, after in ((8, 4), (4, 4), (4, 2), (2, 4)):
+        optimizer = object.__new__(AMPOptimizer)
+        optimizer._grad_scaler = Scaler(before, after)
+        optimizer.fp32_optimizer = SimpleNamespace(optimizer=None)
+        model = SimpleNamespace(decoder=None)
+        SegmentLanguageModelingTask.optimizer_step(task, optimizer, model, 0)
+        counts.append(averaged.updates)
+    assert counts == [0, 1, 1, 2]
+
+
+@pytest.mark.long
+def test_two_workers_average_as_one_does(data, tmp_path):
+    """And go on from their checkpoint with the weights that are trained."""
+    average = "--average-weights stalled --average-patience 99 --average-latest 2"
+    options = f"{NO_DROPOUT['SHARNN']} {average} --max-update 12 --save-interval-updates 4"
+    one = command("fairseq-train", data, f"{options} --save-dir {tmp_path / 'one'}")
+    assert one.returncode == 0, one.stdout
+    half = options.replace("--batch-size 4", "--batch-size 2")
+    two = train_with_workers(data, f"{half} --save-dir {tmp_path / 'two'}")
+    for output in (one.stdout, two):
+        assert output.count("averaging the weights of all updates from here on") == 1
+    same_weights(tmp_path / "one", tmp_path / "two")
+    folder = tmp_path / "again"
+    restore = f"--restore-file {tmp_path}/two/checkpoint_1_8.pt --save-dir {folder}"
+    again = train_with_workers(data, f"{half} {restore}")
+    expected, losses = logged_losses(two), logged_losses(again)
+    assert len(losses) == 4 and losses == {update: expected[update] for update in losses}
+    same_weights(tmp_path / "two", folder)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""What it costs to reach a score: from learning curves, between runs of several lengths, and what
+``fairseq-sha report --reach`` writes."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from numpy.random import RandomState
+
+from fairseq_sha.commands import main
+from fairseq_sha.compare import cost, summary
+from tests.compare.results import SLOW, comparison, run
+
+
+def test_between_two_points_bits_are_linear_in_the_logarithm_of_the_cost():
+    costs, bits = [100, 400, 1600], [3.0, 2.5, 2.3]
+    assert cost.reached(costs, bits, 2.75) == (pytest.approx(200), False)
+    assert cost.reached(costs, bits, 2.5) == (400, False)
+    assert cost.reached(costs, bits, 2.35) == (pytest.approx(400 * 4**0.75), False)
+    assert cost.reached(costs, bits, 2.2) is None
+    assert cost.reached(costs, bits, 3.0) == (100, True)  # or earlier
+
+
+def test_the_first_time_counts_and_a_diverged_run_reaches_nothing():
+    assert cost.reached([1, 2, 4, 8], [3.0, 2.0, 3.0, 1.0], 2.0) == (2, False)
+    nan = float("nan")
+    assert cost.reached([1, 2], [nan, nan], 9.0) is None
+    assert cost.reached([1, 2], [nan, 2.0], 2.5) == (2, True)
+
+
+def test_ratio_is_of_geometric_means_and_its_interval_covers():
+    assert cost.ratio([100, 400], [50])[0] == pytest.approx(4)
+    assert cost.ratio([100, 400], [50])[1] is None
+    # Simulated: the true ratio is 2, and both have a spread of a tenth.
+    random, covered = RandomState(1), 0
+    for _ in range(200):
+        first, second = np.exp(random.normal([[math.log(2)], [0]], 0.1, (2, 3)))
+        _, (low, high) = cost.ratio(first, second)
+        covered += low < 2 < high
+    assert 185 <= covered <= 200  # Welch's interval is a little too wide
+
+
+def cells_of(report, title):
+    """The rows of a table of a report, by model."""
+    table = report.split(f"**{title}**\n\n")[1].split("\n\n")[0]
+    rows = [re.split(r" \| ", line.strip("| ")) for line in table.splitlines()]
+    return {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes runs as a comparison; returns the folder."""
+
+    def write(runs, name="out"):
+        folder = tmp_path / name
+        folder.mkdir()
+        found = {**comparison(tuned=False, rivals=False), "runs": runs}
+        summary.write_results(folder / "results.json", found)
+        return folder
+
+    return write
+
+
+def runs_of(speeds, seeds=(1, 2), updates=1000, **changes):
+    """Runs whose bits on valid are ``4 - log2(speed * update / 100)``: by model, how fast it is."""
+    made = []
+    for model, speed in speeds.items():
+        for seed in seeds:
+            faster = speed * (1 + 0.01 * seed)
+            curve = [
+                [u, 4 - math.log2(faster * u / 100)]
+                for u in (updates // 4, updates // 2, 3 * updates // 4, updates)
+            ]
+            found = run(model, seed, curve[-1][1], RandomState(seed), **changes)
+            found.update(updates=updates, valid_curve=curve, bytes=2000 * updates)
+            found["training_flops"] = 1e9 * updates
+            found["training_seconds"] = 0.5 * updates
+            found["valid"]["bits"] = curve[-1][1]
+            made.append(found)
+    return made
+
+
+def report(tmp_path, *words):
+    assert main(["report", *map(str, words), "--to", str(tmp_path / "page")]) == 0
+    return (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+
+
+def test_report_of_one_comparison_reads_learning_curves(write, tmp_path):
+    folder = write(runs_of({"fast": 2, "slow": 1, "never": 0.1}))
+    text = report(tmp_path, folder, "--reach", "1.5", "2", "--relative-to", "slow")
+    table = cells_of(text, "Cost to reach 2 bits per byte on valid")
+    assert list(table) == ["fast", "slow", "never"]
+    # 2 bits after 400 / speed updates: 394 on average over seeds, and half of it.
+    assert table["slow"]["updates"] == "394" and table["slow"]["seeds that reach it"] == "2 of 2"
+    assert table["slow"]["bytes seen"] == "788,187" and table["slow"]["training, s"] == "197"
+    assert table["slow"]["training FLOPs"] == "3.94e11"
+    assert table["never"]["updates"] == "not reached"
+    # The first validation, after 250 updates, is already better.
+    assert table["fast"]["updates"] == "≤ 250"
+    table = cells_of(text, "Cost to reach 1.5 bits per byte on valid")
+    assert re.match(r"279 \(0\.50 \[0\.4\d, 0\.5\d\]\)$", table["fast"]["updates"])
+    assert "no measure of what a shorter run" in text
+
+
+def test_report_of_several_lengths_reads_whole_runs(write, tmp_path):
+    short = runs_of({"a": 1, "b": 2}, updates=250)
+    long = runs_of({"a": 1, "b": 2}, updates=1000)
+    for found in long:  # within a run the curve is worse, as with a high learning rate
+        found["valid_curve"] = [[u, bits + 1] for u, bits in found["valid_curve"]]
+    folders = [write(short, "short"), write(long, "long")]
+    text = report(tmp_path, *folders, "--reach", "2", "1.2", "--relative-to", "b")
+    joint = text.split("## short")[0]
+    table = cells_of(joint, "Cost to reach 2 bits per byte on valid")
+    assert table["a"]["updates"] == "394" and table["b"]["updates"] == "≤ 250"
+    table = cells_of(joint, "Cost to reach 1.2 bits per byte on valid")
+    assert table["a"]["updates"].startswith("686 (2.00 [")
+    assert "whole runs of several lengths" in joint
+    table = cells_of(text.split("## long")[1], "Cost to reach 2 bits per byte on valid")
+    assert table["a"]["updates"].startswith("788 (2.00")
+
+
+def test_unknown_costs_are_not_made_up(write, tmp_path):
+    runs = runs_of({"a": 1, "b": 2}, seeds=(1,))
+    for found in runs[:1]:
+        found["training_flops"] = None
+        found["machine"] = SLOW
+    text = report(tmp_path, write(runs), "--reach", "1.5")
+    table = cells_of(text, "Cost to reach 1.5 bits per byte on valid")
+    assert table["a"]["training FLOPs"] == "–" and "training, s" not in table["a"]
+    assert table["a"]["updates"].endswith("(2.00 †)")
+    assert "runs are of several machines" in text
+
+
+def test_refusals(write, tmp_path, capsys):
+    folder = str(write(runs_of({"a": 1})))
+    to = ["--to", str(tmp_path / "page")]
+    assert main(["report", folder, *to, "--reach", "2", "--relative-to", "x"]) == 1
+    assert "--relative-to x: no such model; there are a" in capsys.readouterr().err
+    assert main(["report", folder, *to, "--relative-to", "a"]) == 1
+    assert "needs --reach" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()

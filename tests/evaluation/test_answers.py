@@ -1,0 +1,66 @@
+"""Answers that greedy prediction gets right."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq_sha.commands import main
+from fairseq_sha.data.codecs import ByteCodec
+from fairseq_sha.evaluation.answers import places
+from fairseq_sha.trained_model import TrainedModel
+from tests import random_checkpoint
+from tests.tiny_corpus import text, write_folder
+
+
+def test_an_answer_is_what_follows_the_mark_in_its_line():
+    data = b"\nab/cd\nab\n/b\na/b/c\n"
+    is_answer, line = places(np.frombuffer(data, np.uint8), ord("/"), ord("\n"))
+    shown = bytes(byte if kept else ord(".") for byte, kept in zip(data, is_answer))
+    assert shown == b"....cd.....b...b/c."
+    assert line.tolist() == [0, *[1] * 6, *[2] * 3, *[3] * 3, *[4] * 6]
+
+
+def test_command_counts_what_greedy_prediction_gets_right(tmp_path, capsys):
+    data = write_folder(tmp_path)
+    codec = ByteCodec.load(data)
+    path = random_checkpoint.write(tmp_path / "model.pt", codec, family="min_rnn")
+    words = ["evaluate", data, "--path", path, "--cpu", "--answers-after", "a"]
+    assert main([*words, "--json", str(tmp_path / "score.json")]) == 0
+    found = json.loads((tmp_path / "score.json").read_text())["answers"]
+
+    model = TrainedModel.load(path, cpu=True)
+    test = text(833, 3)
+    tokens = model.encode(test)
+    with torch.no_grad():
+        logits = model.decoder(tokens[None, :-1])[0][0]
+    right = (logits.argmax(-1) == tokens[1:]).tolist()
+    costs = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").tolist()
+    expected, position, nats = [], -1, 0.0
+    for line in test.split(b"\n"):
+        marked = line.find(b"a")
+        places_of_answer = range(marked + 1, len(line)) if marked >= 0 else []
+        # The prediction before the first of all tokens does not exist.
+        own = [position + place for place in places_of_answer]
+        if own:
+            expected.append([right[i] for i in own])
+            nats += sum(costs[i] for i in own)
+        position += len(line) + 1
+    assert found["lines"] == len(expected) > 10
+    assert found["tokens"] == sum(map(len, expected))
+    assert found["correct"] == sum(map(sum, expected)) > 0
+    assert found["lines_correct"] == sum(map(all, expected))
+    assert found["bits"] == pytest.approx(nats / np.log(2), rel=1e-4)
+    assert f"of {found['tokens']:,} tokens of answers right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mark, message", [("ab", "not one token"), ("z", "byte 122"), ("", "not one token")]
+)
+def test_refusals(tmp_path, capsys, mark, message):
+    data = write_folder(tmp_path)
+    path = random_checkpoint.write(tmp_path / "model.pt", ByteCodec.load(data))
+    assert main(["evaluate", data, "--path", path, "--cpu", "--answers-after", mark]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,60 @@
+"""A model, a text and what it was packed to, kept for ever: every machine, environment and version
+must restore the text and pack it to the same bytes.
+
+``python -m tests.portable.test_golden`` made the file. To make it anew is to break the format.
+"""
+
+import io
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fairseq_sha import portable
+from fairseq_sha.portable import model as form
+from fairseq_sha.portable.numpy_form import NumpyForm
+
+FILE = Path(__file__).with_name("golden.npz.xz")
+FORMS = {"numba": None, "numpy": NumpyForm}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(io.BytesIO(lzma.decompress(FILE.read_bytes()))) as file:
+        return {name: file[name].tobytes() for name in file.files}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("cell", form.CELLS)
+def test_golden_text_is_restored_and_packed_the_same(golden, cell, name):
+    if name == "numba":
+        pytest.importorskip("numba")
+    model = portable.PortableModel(form.unpack(golden[cell], cell), FORMS[name])
+    text = golden["text"]
+    for streams in (1, 3):
+        packed = golden[f"{cell}/{streams}"]
+        assert model.decode(packed, len(text), streams) == text
+        assert model.encode(text, streams) == packed
+    assert model.generate(b"abc", 40, seed=1) == golden[f"{cell}/drawn"]
+
+
+def write():
+    from tests.portable.helpers import integer_model, text
+
+    content = {"text": text(150) + bytes(range(256))[::5] + text(60, 4)}
+    sizes = {"lstm": [1], "sru": [0], "min_gru": [0, 1]}
+    for cell, layers in sizes.items():
+        model = integer_model(cell=cell, width=10, attention_layers=layers, boom_multiple=2)
+        content[cell] = form.pack(model.sizes, model.arrays)
+        ours = portable.PortableModel(model, NumpyForm)
+        for streams in (1, 3):
+            content[f"{cell}/{streams}"] = ours.encode(content["text"], streams)
+        content[f"{cell}/drawn"] = ours.generate(b"abc", 40, seed=1)
+    plain = io.BytesIO()
+    np.savez(plain, **{name: np.frombuffer(value, np.uint8) for name, value in content.items()})
+    FILE.write_bytes(lzma.compress(plain.getvalue(), preset=9))  # the models share their tables
+
+
+if __name__ == "__main__":
+    write()
