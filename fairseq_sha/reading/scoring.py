@@ -66,9 +66,11 @@ class Reader:
         """The score in a line."""
         if self.score is None:
             return f"{text.size:,} bytes"
-        if self.unknown is None:
-            return f"{self.score}; {-(-self.bits // 8):,.0f} bytes when compressed"
-        return f"{self.score}; {self.unknown:,} unknown words"
+        if self.unknown is not None:
+            return f"{self.score}; {self.unknown:,} unknown words"
+        if self._options.get("policy"):  # fairseq-sha compress reads in one way only
+            return str(self.score)
+        return f"{self.score}; {-(-self.bits // 8):,.0f} bytes when compressed"
 
     def as_json(self):
         """For the report: a dict."""
