@@ -67,13 +67,13 @@ def test_large_states_get_fewer_bits_after_the_point():
     [
         ({"cell": "qrnn"}, "--cell qrnn has no integer form"),
         ({"cell": "layer_norm_lstm"}, "--cell layer_norm_lstm has no integer form"),
+        ({"feed_forward": "full"}, "--feed-forward full has no integer form"),
         ({"width": 8192, "num_layers": 1}, "--width 8192: the integer form has at most 4096"),
     ],
 )
 def test_models_without_integer_form_are_refused(settings, message):
-    model = trained(
-        width=8, attention_layers=[], **{k: v for k, v in settings.items() if k == "cell"}
-    )
+    kinds = {k: v for k, v in settings.items() if k in ("cell", "feed_forward")}
+    model = trained(width=8, attention_layers=[], **kinds)
     for name, value in settings.items():
         model.cfg.model[name] = value
     with pytest.raises(UserError, match=message):
