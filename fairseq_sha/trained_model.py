@@ -284,7 +284,8 @@ def digest(weights, settings, symbols):
     """
     if isinstance(settings, argparse.Namespace):
         settings = vars(settings)
-    described = sorted((key, str(value)) for key, value in settings.items())
+    # Collapsed or not, a model is the same.
+    described = sorted((key, str(value)) for key, value in settings.items() if key != "collapse")
     total = hashlib.sha256(repr((described, symbols)).encode())
     for name, tensor in sorted(weights.items()):
         total.update(name.encode())

@@ -92,6 +92,16 @@ def test_file_comes_back(file, capsys):
     assert sorted(os.listdir(file.parent)) == ["file", "file.shac"]
 
 
+def test_named_pipe_is_read_once(tmp_path):
+    """A writer must not see its reader go away."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(str(pipe))
+    writer = subprocess.Popen(["sh", "-c", f"printf abc > '{pipe}'"])
+    assert run("compress", pipe) == 0 and writer.wait(10) == 0
+    pipe.unlink()
+    assert run("decompress", tmp_path / "pipe.shac") == 0 and pipe.read_bytes() == b"abc"
+
+
 def test_existing_files_are_left_alone_without_force(file, capsys):
     packed = file.with_name("file.shac")
     packed.write_bytes(b"old")

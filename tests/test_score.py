@@ -20,7 +20,7 @@ from fairseq_sha.data.codecs import PART
 from fairseq_sha.evaluation.dynamic import SGD, Dynamic, Statistics
 from fairseq_sha.evaluation.evaluate import evaluate, token_losses
 from fairseq_sha.evaluation.policies import Carried, Tokens
-from fairseq_sha.reading import difference, kinds, picture, report, texts
+from fairseq_sha.reading import difference, json_report, kinds, picture, texts
 from fairseq_sha.trained_model import TrainedModel
 from tests import random_checkpoint
 from tests.commands import REPOSITORY
@@ -298,6 +298,12 @@ def test_picture_colours_each_character_by_its_cost():
     assert Text(page).characters == expected
 
 
+def test_cost_that_is_not_finite_has_the_last_colour_alone():
+    bits = np.array([1.0, math.inf, 1.0, math.nan, 1.0])
+    colours = [colour for _, colour in Text(picture.picture("", "", b"abcde", bits)).characters]
+    assert colours == ["c2", "c15", "c2", "c15", "c2"]
+
+
 def test_score_draws_standard_input(path, tmp_path, monkeypatch, capsys):
     def scored(data):
         (tmp_path / "picture.html").unlink(missing_ok=True)
@@ -367,7 +373,7 @@ def test_curve_shows_the_mean_of_each_stretch():
     for begin in range(0, len(values), 3333):
         blocks.add(values[begin : begin + 3333])
     assert blocks.sums.tolist() == [texts.BLOCK, 3 * texts.BLOCK, 1000]
-    svg = picture.curve(blocks, [])
+    svg = picture.curve(blocks, [], "bits per byte")
     points = re.search('points="(.*?)"', svg)[1].split()
     heights = [float(point.split(",")[1]) for point in points]
     assert len(points) == 3 and heights[1] < heights[2] < heights[0]
@@ -410,9 +416,14 @@ def test_report_of_next_to_nothing(path, tmp_path, capsys, data):
     assert found["words"] == (len(data) or None) and (found["perplexity"] is None) == (not data)
 
 
+def test_identity_does_not_depend_on_how_a_model_is_read(path, sha_rnn):
+    """Dynamic evaluation does not collapse over-parameterised vectors."""
+    assert TrainedModel.load(path, cpu=True, collapse=False).identity == sha_rnn.identity
+
+
 def test_numbers_that_are_not_finite_are_null():
     values = {"a": [math.nan, 1.5, (math.inf, "x")], "b": None}
-    assert json.loads(report.dumps(values)) == {"a": [None, 1.5, [None, "x"]], "b": None}
+    assert json.loads(json_report.dumps(values)) == {"a": [None, 1.5, [None, "x"]], "b": None}
 
 
 def test_pipe_is_read_as_a_file_is(path, tmp_path, capsys):

@@ -17,7 +17,7 @@ import sys
 
 from fairseq_sha import packed_file
 from fairseq_sha.commands.common import add_model_arguments, load_coder, progress_bar
-from fairseq_sha.commands.compress import (
+from fairseq_sha.commands.gzip_conventions import (
     ERROR,
     STANDARD,
     SUFFIX,

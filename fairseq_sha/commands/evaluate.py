@@ -32,13 +32,15 @@ import time
 from pathlib import Path
 
 from fairseq_sha.commands.common import (
-    add_dynamic_arguments,
     add_model_arguments,
+    check_new,
+    load_model,
+)
+from fairseq_sha.commands.dynamic_options import (
+    add_dynamic_arguments,
     add_statistics_arguments,
     check_dynamic,
-    check_new,
     dynamic_policy,
-    load_model,
 )
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
@@ -92,7 +94,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Evaluate and print the score."""
+    """Evaluate and print the score, then what else is wanted."""
     if args.json:
         check_new([args.json])
     check_fit(args)
@@ -104,66 +106,33 @@ def run(args):
         )
     args.data_bin = args.data_bin or args.data
     trained = load_model(args, allow_stock=True)
-    from fairseq_sha.evaluation import answers
-
+    # What is wrong is found before hours of reading.
+    policy_of(trained.task, args)
+    mark = dynamic = None
     if args.fit_temperature:
         trained.task.load_dataset(args.fit_temperature)
-    policy_of(trained.task, args)  # raises an error if it cannot be so
-    mark = None
     if args.answers_after is not None:
-        mark = answers.mark_of(trained.task.codec, args.answers_after)
-    dynamic = None
+        mark = mark_of(trained, args)
     if args.dynamic:
         dynamic = dynamic_policy(args, trained, args.context_window, args.batch_size)
     score, costs, sizes, seconds = evaluate_split(trained, args)
     print(f"{args.split}: {score}")
-    by_position = None
-    if args.by_position:
-        by_position = bits_by_position(trained.task, args, costs, sizes)
-    right = None
-    if mark is not None:
-        task = trained.task
-        read = trained.models[0], task.dataset(args.split), args.split, task.codec
-        right = answers.count(*read, policy_of(task, args), mark, costs)
-        print(f"{args.split}: {right}")
-    learned = None
-    if dynamic:
-        with_learning, costs_of_it, _, seconds_of_it = evaluate_split(trained, args, dynamic)
-        print(f"{args.split}, dynamic: {with_learning}")
-        learned = {
-            "rule": args.dynamic,
-            "lr": args.dynamic_lr,
-            "decay": dynamic.rule.decay,
-            "policy": with_learning.policy,
-            "nats": with_learning.nats,
-            "bits_per_byte": with_learning.bits_per_byte,
-            "seconds": round(seconds_of_it, 3),
-            "block_bits": bits_of_blocks(costs_of_it, sizes),
-        }
-    fitted = None
-    if args.fit_temperature:
-        fit, with_fit = evaluate_fitted(trained, args)
-        print(f"{args.split}, {fit}: {with_fit}")
-        fitted = {
-            "split": fit.split,
-            "factor": fit.factor,
-            "nats": with_fit.nats,
-            "bits_per_byte": with_fit.bits_per_byte,
-        }
+    content = {
+        **score._asdict(),
+        "bits_per_byte": score.bits_per_byte,
+        # Windows are independent of each other, however many are read side by side.
+        "streams": None if args.context_window else args.batch_size,
+        "seconds": round(seconds, 3),
+        "by_position": bits_by_position(trained.task, args, costs, sizes)
+        if args.by_position
+        else None,
+        "answers": None if mark is None else right_answers(trained, args, mark, costs),
+        "dynamic": dynamic and evaluate_dynamic(trained, args, dynamic),
+        "fitted_temperature": args.fit_temperature and evaluate_fitted(trained, args),
+        "block_bytes": BLOCK,
+        "block_bits": bits_of_blocks(costs, sizes),
+    }
     if args.json:
-        content = {
-            **score._asdict(),
-            "bits_per_byte": score.bits_per_byte,
-            # Windows are independent of each other, however many are read side by side.
-            "streams": None if args.context_window else args.batch_size,
-            "seconds": round(seconds, 3),
-            "fitted_temperature": fitted,
-            "dynamic": learned,
-            "by_position": by_position,
-            "answers": right and right._asdict(),
-            "block_bytes": BLOCK,
-            "block_bits": bits_of_blocks(costs, sizes),
-        }
         write_atomically(args.json, json.dumps(content) + "\n")
 
 
@@ -203,6 +172,40 @@ def bits_by_position(task, args, costs, sizes):
     return found
 
 
+def mark_of(trained, args):
+    """The token after which answers begin."""
+    from fairseq_sha.evaluation import answers
+
+    return answers.mark_of(trained.task.codec, args.answers_after)
+
+
+def right_answers(trained, args, mark, costs):
+    """Print how many answers are right, and return the figures: a dict."""
+    from fairseq_sha.evaluation import answers
+
+    task, model = trained.task, trained.models[0]
+    corpus, policy = task.dataset(args.split), policy_of(task, args)
+    right = answers.count(model, corpus, args.split, task.codec, policy, mark, costs)
+    print(f"{args.split}: {right}")
+    return right._asdict()
+
+
+def evaluate_dynamic(trained, args, policy):
+    """Print the score with weights that learn, and return the figures: a dict."""
+    score, costs, sizes, seconds = evaluate_split(trained, args, policy)
+    print(f"{args.split}, dynamic: {score}")
+    return {
+        "rule": args.dynamic,
+        "lr": args.dynamic_lr,
+        "decay": policy.rule.decay,
+        "policy": score.policy,
+        "nats": score.nats,
+        "bits_per_byte": score.bits_per_byte,
+        "seconds": round(seconds, 3),
+        "block_bits": bits_of_blocks(costs, sizes),
+    }
+
+
 def check_fit(args):
     """Raise a UserError if the temperature would be fitted on what is scored, or on test."""
     split = args.fit_temperature
@@ -214,7 +217,7 @@ def check_fit(args):
 
 
 def evaluate_fitted(trained, args):
-    """The temperature that was fitted, and the score with it."""
+    """Fit a temperature, print the score with it, and return the figures: a dict."""
     from fairseq_sha.evaluation.evaluate import evaluate
     from fairseq_sha.evaluation.temperature import fit_temperature
 
@@ -225,7 +228,13 @@ def evaluate_fitted(trained, args):
     score, _ = evaluate(
         model, corpus, args.split, task.codec, policy, progress=True, losses=fit.losses()
     )
-    return fit, score
+    print(f"{args.split}, {fit}: {score}")
+    return {
+        "split": fit.split,
+        "factor": fit.factor,
+        "nats": score.nats,
+        "bits_per_byte": score.bits_per_byte,
+    }
 
 
 def policy_of(task, args):

@@ -17,7 +17,7 @@ import json
 import logging
 from pathlib import Path
 
-from fairseq_sha.commands.common import check_new, import_plugin
+from fairseq_sha.commands.common import check_new, import_plugin, read_config
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
@@ -55,14 +55,14 @@ def count(path, data=None):
     """
     from fairseq_sha.compare import recipe
 
-    config = read(path)
+    config = read_config(path)
     if data:
         config.setdefault("task", {})["data"] = str(data)
     for needed in ("task.data", "task.tokens_per_sample", "dataset.batch_size"):
         if not recipe.lookup(config, needed):
             raise UserError(f"{path}: {needed} is missing; add it")
     beside = path.parent / "evaluation" / path.name
-    evaluation = read(beside) if beside.is_file() else {}
+    evaluation = read_config(beside) if beside.is_file() else {}
     tokens = recipe.tokens_per_update(recipe.Recipe(path.stem, config, evaluation))
 
     from fairseq_sha import flops
@@ -80,23 +80,6 @@ def count(path, data=None):
         "tokens_per_update": tokens,
     }
     return figures, counted.parameters
-
-
-def read(path):
-    """The sections of a YAML file: a dict."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such config; give the path of a YAML file")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(str(path)), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a config: {' '.join(str(error).split())}; correct it")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a config: it has no sections; correct it")
-    return content
 
 
 def table(figures, parts):

@@ -11,7 +11,7 @@ counted: each model is built without memory for its weights.
 import itertools
 from pathlib import Path
 
-from fairseq_sha.commands import flops
+from fairseq_sha.commands.common import read_config
 from fairseq_sha.errors import UserError
 
 
@@ -40,7 +40,7 @@ def page(folder):
     path = folder / "published" / "rows.yaml"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder of configs with published results")
-    tables = flops.read(path)["tables"]
+    tables = read_config(path)["tables"]
     parts, rows = [], []
     for table in tables:
         own = [Row(folder, row) for row in table["rows"]]
@@ -78,11 +78,11 @@ class Row:
     def __init__(self, folder, row):
         self.folder, self.row = folder, row
         name = f"{row['name']}.yaml"
-        self.config = flops.read(folder / name)
+        self.config = read_config(folder / name)
         beside = folder / "evaluation" / name
         tokens = self.config["task"]["tokens_per_sample"]
         self.evaluation = {"batch_size": STREAMS, "tokens_per_sample": tokens}
-        self.evaluation.update(flops.read(beside) if beside.is_file() else {})
+        self.evaluation.update(read_config(beside) if beside.is_file() else {})
 
     def __getitem__(self, key):
         return self.row.get(key, "")

@@ -21,12 +21,14 @@ text of more than 200,000 bytes becomes a folder of pages, PICTURE_pages, with a
 from pathlib import Path
 
 from fairseq_sha.commands.common import (
-    add_dynamic_arguments,
     add_model_arguments,
-    check_dynamic,
     check_new,
-    dynamic_policy,
     load_model,
+)
+from fairseq_sha.commands.dynamic_options import (
+    add_dynamic_arguments,
+    check_dynamic,
+    dynamic_policy,
 )
 from fairseq_sha.errors import UserError
 

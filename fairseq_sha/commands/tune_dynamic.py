@@ -19,14 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from fairseq_sha.commands.common import (
+    add_model_arguments,
+    check_new,
+    load_model,
+)
+from fairseq_sha.commands.dynamic_options import (
     SEGMENT,
     add_dynamic_arguments,
-    add_model_arguments,
     add_statistics_arguments,
     check_dynamic,
-    check_new,
     dynamic_policy,
-    load_model,
+    gradient_statistics,
+    statistics_path,
 )
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
@@ -73,28 +77,37 @@ def run(args):
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         check_new([args.out / f"{name}.json"])
-        rows_of(args.out)  # raises an error before hours of reading
+        rows_of(args)  # raises an error before hours of reading
     trained = load_model(args, allow_stock=True)
+    if "rms" in args.dynamic and statistics_path(args).exists():
+        gradient_statistics(args, trained, args.context_window)  # raises an error if they are wrong
     figures = tune_and_score(trained, args)
     if args.out:
         content = {"model": name, **figures}
         write_atomically(args.out / f"{name}.json", json.dumps(content) + "\n")
-        write_atomically(args.out / "table.md", table(rows_of(args.out)))
+        write_atomically(args.out / "table.md", table(rows_of(args)))
 
 
-def rows_of(folder):
-    """The figures of all models in a folder, for :func:`table`.
+def rows_of(args):
+    """The figures of all models in the folder ``--out``, for :func:`table`.
 
     Raises:
-        UserError: a file holds anything else
+        UserError: a file holds anything else, or figures of another split or of other segments
     """
-    rows = []
-    for path in sorted(folder.glob("*.json")):
+    rows, asked = [], {"split": args.score, "segment": args.dynamic_segment or SEGMENT}
+    for path in sorted(args.out.glob("*.json")):
         try:
-            rows.append(json.loads(path.read_bytes()))
-            table(rows[-1:])
+            row = json.loads(path.read_bytes())
+            table([row])
+            found = {key: row[key] for key in asked}
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}: not figures of tune-dynamic; name another folder with --out")
+        if found != asked:
+            raise UserError(
+                f"{path}: is of split {found['split']} and segments of {found['segment']}; a table "
+                "holds models that read the same, so name another folder with --out"
+            )
+        rows.append(row)
     return rows
 
 

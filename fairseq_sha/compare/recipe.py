@@ -17,8 +17,9 @@ PACKAGE = Path(fairseq_sha.__file__).resolve().parent
 TOOLS = Path(sys.executable).parent
 # Models of these tasks are evaluated by ``fairseq-sha evaluate``, others by fairseq-eval-lm.
 OUR_TASKS = {"byte_language_modeling", "segment_language_modeling"}
-EVALUATION = {"tokens_per_sample", "batch_size", "context_window", "model_overrides"}
-EVALUATION |= {"answers_after"}
+EVALUATION = {
+    *("tokens_per_sample", "batch_size", "context_window", "model_overrides", "answers_after"),
+}
 CHANGE = re.compile(r"\w+\.[^\s=]+=\S+$")
 
 # Fields of fairseq's schedulers that count updates; the misspelling is fairseq's.

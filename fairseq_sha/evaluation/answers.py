@@ -89,4 +89,6 @@ def count(model, corpus, split, codec, policy, mark, costs):
 def mistakes(model, batch):
     """1 for each target that is not the most probable token, otherwise 0, ``[B, T]``."""
     net_input, targets = inputs_of(model, batch)
-    return (model(**net_input)[0].argmax(-1) != targets).float()
+    # Without an adaptive softmax, the model's own output has the same order; with one, it has none.
+    predicted = model.get_normalized_probs(model(**net_input), log_probs=True).argmax(-1)
+    return (predicted != targets).float()

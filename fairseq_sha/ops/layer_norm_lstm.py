@@ -90,10 +90,10 @@ class _LayerNormLSTM(torch.autograd.Function):
         h0, c0, weight, gain, bias, cell_gain, cell_bias, *saved = ctx.saved_tensors
         states, cells, all_gates, products = saved
         width = h0.size(1)
-        product_norm = _Norm(products, gain, bias, ctx.eps)
-        cell_norm = _Norm(cells, cell_gain, cell_bias, ctx.eps)
+        product_norm, _ = _Norm.of(products, gain, bias, ctx.eps)
+        cell_norm, normalised_cells = _Norm.of(cells, cell_gain, cell_bias, ctx.eps)
         i, f, g, o = all_gates.chunk(4, 2)
-        tanh = cell_norm.output.tanh_()
+        tanh = normalised_cells.tanh_()
         # Derivatives of c_t with respect to the arguments of i, f and g, and of h_t to that of o.
         slopes = torch.empty_like(all_gates)
         of_i, of_f, of_g, of_o = slopes.chunk(4, 2)
@@ -122,17 +122,22 @@ class _LayerNormLSTM(torch.autograd.Function):
 
 
 class _Norm:
-    """Layer normalisation of all steps at once, and its gradients.
+    """The gradients of a layer normalisation of all steps.
 
     Args:
-        x (Tensor): ``[T, B, N]``
+        x (Tensor): what is normalised, ``[T, B, N]``
         gain, bias (Tensor): ``[N]``
+        statistics (list of Tensor): mean and reciprocal standard deviation, ``[T, B, 1]``
     """
 
-    def __init__(self, x, gain, bias, eps):
-        self.x, self.vectors = x, (gain, bias)
-        self.output, *statistics = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
-        self.statistics = statistics
+    @classmethod
+    def of(cls, x, gain, bias, eps):
+        """Normalise: the gradients' :class:`_Norm`, and the output ``[T, B, N]``."""
+        output, *statistics = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
+        return cls(x, gain, bias, statistics), output
+
+    def __init__(self, x, gain, bias, statistics):
+        self.x, self.vectors, self.statistics = x, (gain, bias), statistics
         self.steps = list(zip(*(tensor.unbind() for tensor in (x, *statistics))))
 
     def backward(self, t, gradient):

@@ -16,13 +16,15 @@ from fairseq_sha.reading.texts import BLOCK, Blocks
 
 PAGE = 200_000  # bytes of text
 POINTS = 1_000  # of the curve, at most
+MOST = 1e6  # bits of a byte: beyond all colours
 WIDTH, HEIGHT, MARGIN = 960, 240, 50  # of the curve in pixels
 
 
 class Scale(NamedTuple):
     """Colours of values, each for a range of them. Values beyond the ends have the last colour."""
 
-    name: str
+    quantity: str
+    note: str  # of the legend
     low: float  # where the first range begins
     step: float
     colours: List[str]  # CSS
@@ -41,7 +43,7 @@ class Scale(NamedTuple):
 
     def legend(self):
         spans = (f'<span class="c{i}">{label}</span>' for i, label in enumerate(self.labels))
-        return f'<p class="legend">{self.name} {" ".join(spans)}</p>'
+        return f'<p class="legend">{self.quantity}{self.note} {" ".join(spans)}</p>'
 
 
 def _scale_of_costs(colours=16, step=0.5):
@@ -52,7 +54,7 @@ def _scale_of_costs(colours=16, step=0.5):
         f"hsl({48 - 48 * x:.0f} 100% {100 - 45 * x:.0f}%)" for x in np.linspace(0, 1, colours)
     ]
     labels = [f"{i * step:g}" for i in range(colours)]
-    return Scale("bits per byte, from", 0.0, step, shades, ranges, labels)
+    return Scale("bits per byte", ", from", 0.0, step, shades, ranges, labels)
 
 
 def _scale_of_differences(colours=8, step=0.5):
@@ -68,8 +70,10 @@ def _scale_of_differences(colours=8, step=0.5):
         text = f"{better} better by {least:g} {end}" if i else f"less than {most:g} bits apart"
         ranges.append(text)
         labels.append(f"{i * step:+g}" if i else "0")
-    name = "A - B in bits per byte (blue: A is better; red: B is)"
-    return Scale(name, -(colours + 0.5) * step, step, shades, ranges, labels)
+    note = " (blue: A is better; red: B is)"
+    return Scale(
+        "A - B in bits per byte", note, -(colours + 0.5) * step, step, shades, ranges, labels
+    )
 
 
 COSTS = _scale_of_costs()
@@ -134,6 +138,8 @@ def coloured(data, values, scale):
 
 def runs(data, values, scale):
     """A span for each run of characters of one colour."""
+    # A cost that is not finite must not spread to the characters after it.
+    values = np.nan_to_num(values, nan=MOST, posinf=MOST, neginf=-MOST)
     sums = np.concatenate([[0], np.cumsum(values)])
     start, colour, text = 0, None, []
     for character in data.decode("utf-8", "surrogateescape"):
@@ -218,9 +224,10 @@ class Pages:
             f"<td>{page.value / page.bytes:.3f}<td>{html.escape(page.beginning)}\n"
             for page in self.pages
         ]
-        head = "<tr><th>page<th>first byte<th>bytes<th>bits per byte<th>begins with\n"
+        quantity = self.scale.quantity
+        head = f"<tr><th>page<th>first byte<th>bytes<th>{quantity}<th>begins with\n"
         body = (
-            f"{summary}\n{curve(self._blocks, self.pages)}\n"
+            f"{summary}\n{curve(self._blocks, self.pages, quantity)}\n"
             f"<table>{head}{''.join(rows)}</table>\n{self.scale.legend()}"
         )
         write_atomically(self.folder / "index.html", document(self.title, self.scale, body))
@@ -238,7 +245,8 @@ class Pages:
         if not is_last:
             links.append(f'<a href="page{number + 1}.html">next</a>')
         navigation = f"<nav>{''.join(links)}</nav>"
-        line = f"Bytes {start:,} to {start + size - 1:,}: {page.value / size:.4f} bits per byte"
+        mean = f"{page.value / size:.4f}, {self.scale.quantity}"
+        line = f"Bytes {start:,} to {start + size - 1:,}: {mean}"
         body = (
             f"{navigation}\n<p>{line}</p>\n{self.scale.legend()}\n"
             f"{coloured(text, values, self.scale)}\n{navigation}"
@@ -260,12 +268,13 @@ def end_of_page(text):
     return end
 
 
-def curve(blocks, pages):
-    """SVG of the bits per byte along a text; each page is a link.
+def curve(blocks, pages, quantity):
+    """SVG of a quantity along a text; each page is a link.
 
     Args:
         blocks (Blocks): bits of the text
         pages (list of Page): of the text
+        quantity (str): what is drawn
     """
     merged = -(-len(blocks.sums) // POINTS)  # blocks behind a point
     firsts = np.arange(0, len(blocks.sums), merged)
@@ -303,9 +312,9 @@ def curve(blocks, pages):
     )
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="12" role="img" '
-        f'aria-label="bits per byte along the text">{grid}{places}'
+        f'aria-label="{quantity} along the text">{grid}{places}'
         f'<polyline fill="none" stroke="#a33" stroke-width="1.5" points="{" ".join(points)}"/>'
-        f"{links}</svg><figcaption>Bits per byte of each {merged * BLOCK:,} bytes. A click opens "
+        f"{links}</svg><figcaption>{quantity}: means of {merged * BLOCK:,} bytes. A click opens "
         "the page.</figcaption></figure>"
     )
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 
 from tqdm import tqdm
 
-from fairseq_sha.reading import difference, kinds, picture, report, texts
+from fairseq_sha.reading import difference, json_report, kinds, picture, texts
 
 
 class Wanted(NamedTuple):
@@ -75,8 +75,8 @@ class Reader:
     def as_json(self):
         """For the report: a dict."""
         return {
-            "model": report.of_model(self.path, self.trained),
-            **report.of_score(self.score, self.bits, self.unknown),
+            "model": json_report.of_model(self.path, self.trained),
+            **json_report.of_score(self.score, self.bits, self.unknown),
         }
 
 
@@ -92,7 +92,7 @@ def score(text, reader, wanted):
     print_part = _token_printer(reader.codec) if wanted.tokens else None
     with contextlib.ExitStack() as stack:
         drawing = stack.enter_context(picture.drawn(wanted.html, text.name, text.size))
-        written = stack.enter_context(report.written(wanted.json))
+        written = stack.enter_context(json_report.written(wanted.json))
         for offset, part, bits in _parts(text, reader.read(text, print_part)):
             by_kind.add(part, bits)
             if drawing:
@@ -126,7 +126,7 @@ def compare(text, a, b, wanted):
     scale = picture.DIFFERENCES
     with contextlib.ExitStack() as stack:
         drawing = stack.enter_context(picture.drawn(wanted.html, text.name, text.size, scale))
-        written = stack.enter_context(report.written(wanted.json))
+        written = stack.enter_context(json_report.written(wanted.json))
         both = texts.side_by_side(a.read(text), b.read(text))
         for offset, part, *bits in _parts(text, both):
             by_kind.add(part, *bits)

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from fairseq.data import Dictionary
 
 from fairseq_sha.commands import main
 from fairseq_sha.data.codecs import ByteCodec
-from fairseq_sha.evaluation.answers import places
+from fairseq_sha.evaluation.answers import mistakes, places
+from fairseq_sha.models.sha_rnn import SHARNN, SHARNNConfig, SHARNNDecoder
 from fairseq_sha.trained_model import TrainedModel
 from tests import random_checkpoint
 from tests.tiny_corpus import text, write_folder
@@ -53,6 +55,26 @@ def test_command_counts_what_greedy_prediction_gets_right(tmp_path, capsys):
     assert found["lines_correct"] == sum(map(all, expected))
     assert found["bits"] == pytest.approx(nats / np.log(2), rel=1e-4)
     assert f"of {found['tokens']:,} tokens of answers right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cutoffs", [[], [7, 15]])
+def test_mistakes_are_those_of_the_logits(cutoffs):
+    """With an adaptive softmax, what the model returns for a batch are no logits."""
+    torch.manual_seed(1)
+    dictionary = Dictionary()
+    for i in range(20):
+        dictionary.add_symbol(str(i))
+    sizes = {"width": 16, "num_layers": 1, "attention_layers": [], "initialisation": "torch"}
+    cfg = SHARNNConfig(cutoffs=cutoffs, div_val=2.0, **sizes)
+    model = SHARNN(SHARNNDecoder(cfg, dictionary)).eval()
+    tokens = torch.randint(dictionary.eos(), len(dictionary), (3, 30))
+    features, _ = model.decoder.extract_features(tokens)
+    greedy = model.decoder.output_layer(features).argmax(-1)
+    targets = torch.where(torch.rand(3, 30) < 0.5, greedy, tokens)
+    net_input = {"src_tokens": tokens, "src_lengths": None}
+    with torch.no_grad():
+        wrong = mistakes(model, {"net_input": net_input, "target": targets})
+    assert torch.equal(wrong, (greedy != targets).float()) and 0 < wrong.mean() < 1
 
 
 @pytest.mark.parametrize(

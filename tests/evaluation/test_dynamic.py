@@ -509,6 +509,19 @@ def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
     cells = dict(zip(header.split(" | "), line.split(" | ")))
     for kind, title in (("static", "static"), ("sgd", "SGD"), ("rms", "RMS")):
         assert cells[f"bits per byte, {title}"] == f"{row[kind]['bits_per_byte']:.3f}"
+    capsys.readouterr()
+    words = ["tune-dynamic", data, "--path", path, "--dynamic", "sgd", "--score", "test"]
+    assert main([*map(str, words), "--dynamic-segment", "21", "--out", str(folder)]) == 1
+    assert "small.json: is of split test and segments of 20" in capsys.readouterr().err
+
+
+def test_wrong_statistics_are_found_before_tuning(data, path, tmp_path, capsys):
+    (tmp_path / "statistics").write_bytes(b"no")
+    words = ["tune-dynamic", data, "--path", path, "--cpu", "--dynamic", "sgd", "rms"]
+    words += ["--dynamic-statistics", tmp_path / "statistics", "--score", "test"]
+    assert main([str(word) for word in words]) == 1
+    captured = capsys.readouterr()
+    assert "damaged" in captured.err and not captured.out
 
 
 @pytest.mark.parametrize("content", ["[]", '{"model": "a"}', "{", "\xff"])

@@ -41,7 +41,7 @@ def test_predictions_are_those_of_the_float_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bits_are_within_a_hundredth(name):
+def test_packed_bytes_are_about_what_the_float_model_promises(name):
     ours, theirs = integer_model(**MODELS[name]), trained(**MODELS[name])
     parts = [text(STEPS, seed) for seed in range(20, 36)]
     expected = convert.float_bits(theirs, parts)
