@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-# A polynomial hash. Products of a hash and the factor, below 2^62, fit in 64 bits.
-FACTOR = 1_540_483_477
-PRIME = 2**31 - 1
+from fairseq_sha.ngram_hash import ngram_rows
 
 
 class NGramEmbedding(nn.Module):
@@ -39,19 +37,5 @@ class NGramEmbedding(nn.Module):
         text = torch.cat([before, tokens])
         # A view would keep the whole segment alive.
         after = {"tokens": text[len(text) - length :].clone()}
-        return self.embedding(self.rows(text)).sum(-2), after
-
-    def rows(self, text):
-        """The row of the table for each order, ``[T, B, len(orders)]``.
-
-        Args:
-            text (LongTensor): tokens and those before, ``[max(orders) - 1 + T, B]``
-        """
-        end = max(self.orders) - 1
-        hashes, rows = torch.zeros_like(text[end:]), {}
-        for n in range(1, end + 2):
-            token = text[end + 1 - n : len(text) + 1 - n]
-            hashes = (hashes + token + 1) * FACTOR % PRIME
-            rows[n] = hashes % self.buckets
-        tables = enumerate(self.orders)
-        return torch.stack([i * self.buckets + rows[n] for i, n in tables], -1)
+        rows = torch.stack(ngram_rows(text, self.orders, self.buckets), -1)
+        return self.embedding(rows).sum(-2), after

@@ -40,8 +40,6 @@ def check(trained):
         what = "a model with --feed-forward full"
     elif decoder.bands is not None:
         what = "a model with --cutoffs"
-    elif decoder.ngrams is not None:
-        what = "a model with --ngram-orders"
     if what:
         raise UserError(f"{what} has no integer form; {SUPPORTED} has one")
     for name, most in form.MOST_SIZES.items():
@@ -50,6 +48,14 @@ def check(trained):
         if value > most:
             option = option.replace("_", "-")
             raise UserError(f"--{option} {value}: the integer form has at most {most}")
+    number, longest = len(cfg.ngram_orders), max(cfg.ngram_orders, default=0)
+    rows = number * cfg.ngram_buckets
+    if number > form.MOST_NGRAMS or longest > form.LONGEST_NGRAM or rows > form.MOST_NGRAM_ROWS:
+        raise UserError(
+            f"--ngram-orders {cfg.ngram_orders} --ngram-buckets {cfg.ngram_buckets}: the integer "
+            f"form has at most {form.MOST_NGRAMS} lengths of at most {form.LONGEST_NGRAM} bytes, "
+            f"and {form.MOST_NGRAM_ROWS:,} rows in all"
+        )
 
 
 @torch.no_grad()
@@ -80,13 +86,13 @@ def convert(trained, sample, per_row=True):
         window=cfg.window,
         fraction=fraction,
         known=tuple(sorted(known)),
+        ngram_orders=tuple(cfg.ngram_orders),
+        ngram_buckets=cfg.ngram_buckets if cfg.ngram_orders else 0,
     )
     writer = _Writer(sizes, largest, per_row)
     writer.tables()
     tokens = [known[byte] for byte in sizes.known]
-    rows = _array(decoder.embedding.weight[[*tokens, trained.dictionary.unk()]])
-    scales = 32767 / np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30)
-    writer.embedding(np.rint(rows * scales))
+    writer.embedding(decoder, [*tokens, trained.dictionary.unk()])
     for index, layer in enumerate(decoder.layers):
         writer.layer(index, layer)
     writer.linear("head", [(decoder.head.weight[tokens], "features")], decoder.head.bias[tokens])
@@ -177,8 +183,19 @@ class _Writer:
         self.parts["exp"].append(exp * form.MOST_EXP)
         self.parts["boom_out"].append(2**form.NORM_BITS / GELU_SLOPE)
 
-    def embedding(self, rows):
-        self.parts["embedding"].append(rows)
+    def embedding(self, decoder, tokens):
+        rows = _array(decoder.embedding.weight[tokens])
+        most = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30)
+        if decoder.ngrams is not None:
+            number = len(self.sizes.ngram_orders)
+            tables = _array(decoder.ngrams.embedding.weight)
+            scales = np.maximum(np.abs(tables).max(1, keepdims=True), 1e-30) / 127
+            most = most.max() + 127 * scales.reshape(number, -1).max(1).sum()  # of a whole sum
+            unit = most / (32767 << form.EMBEDDING_BITS)
+            self.parts["ngram_tokens"].append(tokens)
+            self.parts["ngram_weight"].append(tables / scales)
+            self.parts["ngram_multiplier"].append(scales / unit)
+        self.parts["embedding"].append(rows * (32767 / most))
 
     def layer(self, index, layer):
         cell, width = layer.cell, self.sizes.width

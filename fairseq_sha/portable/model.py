@@ -65,6 +65,13 @@ TOTAL_BITS = 24
 MOST_SIZES = {"width": 4096, "layers": 256, "boom_multiple": 16, "window": 65536}
 MOST_MULTIPLIER = 1 << 28
 MOST_BIAS = 1 << 61
+LONGEST_NGRAM = 32
+MOST_NGRAMS = 8
+MOST_NGRAM_ROWS = 1 << 24
+#: Embeddings are shifted to the left by so many bits before n-grams are added.
+EMBEDDING_BITS = 7
+#: The most that turns an n-gram's weight of 8 bits into the unit of the shifted embeddings.
+MOST_NGRAM_MULTIPLIER = 1 << 16
 
 
 class Sizes(NamedTuple):
@@ -78,6 +85,8 @@ class Sizes(NamedTuple):
     window: int  # rows that attention sees, the newest included
     fraction: int  # bits after the point of values
     known: tuple  # of int: the bytes that the model was trained on, rising; S of them
+    ngram_orders: tuple = ()  # of int: lengths of n-grams that are embedded; K of them
+    ngram_buckets: int = 0  # rows of the table of each length
 
 
 class Arrays(NamedTuple):
@@ -87,7 +96,12 @@ class Arrays(NamedTuple):
 
     sigmoid: np.ndarray  # shares
     exp: np.ndarray
-    embedding: np.ndarray  # each row at its own scale, since a norm follows; the last: other bytes
+    # A norm follows: each row has its own scale, or, with n-grams, all have one. The last row is
+    # for other bytes.
+    embedding: np.ndarray
+    ngram_tokens: np.ndarray  # what stands for each row of the embedding in hashes
+    ngram_weight: np.ndarray  # the tables one after another
+    ngram_multiplier: np.ndarray
     start_norm: np.ndarray  # [., 0] weights and [., 1] biases, as for all norms
     cell_shifts: np.ndarray
     cell_weight: np.ndarray
@@ -124,7 +138,7 @@ class Arrays(NamedTuple):
 
 def layout(sizes):
     """The type and shape of each array of :class:`Arrays`, a dict in the order of the file."""
-    cell, width, layers, boom, attention, _, _, known = sizes
+    cell, width, layers, boom, attention, _, _, known, orders, buckets = sizes
     maps, heads = MAPS[cell] * width, len(attention)
     lstm, sru = cell == "lstm", cell == "sru"
     i1, i2, i4, i8 = "<i1", "<i2", "<i4", "<i8"
@@ -141,6 +155,9 @@ def layout(sizes):
         "sigmoid": (i2, (SIGMOID_ENTRIES,)),
         "exp": (i4, (EXP_ENTRIES,)),
         "embedding": (i2, (len(known) + 1, width)),
+        "ngram_tokens": (i4, (len(known) + 1 if orders else 0,)),
+        "ngram_weight": (i1, (len(orders) * buckets, width)),
+        "ngram_multiplier": (i4, (len(orders) * buckets,)),
         "start_norm": (i8, (layers, 2, width)),
         "cell_shifts": (i8, (layers, 2)),
         **linear("cell", layers, maps),
@@ -202,7 +219,11 @@ def write(path, sizes, arrays):
 
 def pack(sizes, arrays):
     """A model's file, as bytes."""
-    header = json.dumps({"family": "sha_rnn", **sizes._asdict()}, separators=(",", ":")).encode()
+    fields = {"family": "sha_rnn", **sizes._asdict()}
+    if not sizes.ngram_orders:
+        # Files from before there were n-grams have no such fields, and stay what they were.
+        del fields["ngram_orders"], fields["ngram_buckets"]
+    header = json.dumps(fields, separators=(",", ":")).encode()
     parts = [MAGIC, LENGTH.pack(len(header)), header]
     for name, (kind, shape) in layout(sizes).items():
         array = np.ascontiguousarray(getattr(arrays, name), kind)
@@ -273,13 +294,18 @@ def _read_header(text, damaged):
         family = header.pop("family")
         header["attention_layers"] = tuple(header["attention_layers"])
         header["known"] = tuple(header["known"])
+        header["ngram_orders"] = orders = tuple(header.get("ngram_orders", ()))
         sizes = Sizes(**header)
         numbers = [getattr(sizes, name) for name in (*MOST_SIZES, "fraction")]
-        numbers += [*sizes.attention_layers, *sizes.known]
+        numbers += [*sizes.attention_layers, *sizes.known, *orders, sizes.ngram_buckets]
         good = family == "sha_rnn" and sizes.cell in CELLS
         good = good and all(type(number) is int for number in numbers)
         good = good and all(0 < getattr(sizes, n) <= most for n, most in MOST_SIZES.items())
         good = good and 10 <= sizes.fraction <= 16
+        good = good and len(orders) <= MOST_NGRAMS
+        good = good and all(2 <= order <= LONGEST_NGRAM for order in orders)
+        good = good and (sizes.ngram_buckets > 0) == bool(orders)
+        good = good and 0 <= len(orders) * sizes.ngram_buckets <= MOST_NGRAM_ROWS
         for rising, end in ((sizes.attention_layers, sizes.layers), (sizes.known, 256)):
             good = good and list(rising) == sorted(set(rising))
             good = good and all(0 <= number < end for number in rising)
@@ -302,12 +328,14 @@ def _check_bounds(model, damaged):
         (arrays.boom_out, 0, 1 << NORM_BITS),
         (arrays.state_weight, -MOST_MULTIPLIER, MOST_MULTIPLIER),
         (arrays.value_gate, -MOST_MULTIPLIER, MOST_MULTIPLIER),
+        (arrays.ngram_tokens, 0, 1 << 16),
+        (arrays.ngram_multiplier, 0, MOST_NGRAM_MULTIPLIER),
     ]
     for name, array in zip(arrays._fields, arrays):
         if name.endswith("_norm"):
             inside.append((array[:, 0], -MOST_MULTIPLIER, MOST_MULTIPLIER))
             inside.append((array[:, 1], -MOST_BIAS, MOST_BIAS))
-        elif name.endswith("_multiplier") and name != "score_multiplier":
+        elif name.endswith("_multiplier") and name not in ("score_multiplier", "ngram_multiplier"):
             inside.append((array, 0, MOST_MULTIPLIER))
         elif name.endswith("_bias"):
             inside.append((array, -MOST_BIAS, MOST_BIAS))

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from fairseq_sha.ngram_hash import FACTOR, PRIME
 from fairseq_sha.packed_file import stream_length
 from fairseq_sha.portable import coder
 from fairseq_sha.portable.model import (
     CELLS,
+    EMBEDDING_BITS,
     EXP_BITS,
     EXP_ENTRIES,
     GATE_BITS,
@@ -58,13 +60,18 @@ class Network(NamedTuple):
     """The model, see :class:`~fairseq_sha.portable.model.Arrays`. Matrices are filled up to whole
     tiles. Those of 16 bits hold the same as those of 8 bits and are for many streams."""
 
-    numbers: np.ndarray  # cell, H, L, window, fraction, floor(sqrt(H) 2^32), limit of queries
+    # cell, H, L, window, fraction, floor(sqrt(H) 2^32), limit of queries, buckets of n-grams
+    numbers: np.ndarray
     head_of: np.ndarray  # [L]: which attention head a layer has, or -1
     known: np.ndarray  # [S]
     row_of: np.ndarray  # [256]
     sigmoid: np.ndarray
     exp: np.ndarray
     embedding: np.ndarray
+    ngram_orders: np.ndarray  # [K]
+    ngram_tokens: np.ndarray
+    ngram_weight: np.ndarray
+    ngram_multiplier: np.ndarray
     start_norm: np.ndarray
     cell_shifts: np.ndarray
     cell_weight: np.ndarray
@@ -119,6 +126,7 @@ class State(NamedTuple):
     coder: np.ndarray  # int64: low, range, position in the payload, code
     steps: np.ndarray  # int64 [1]
     before: np.ndarray  # int64 [B]: the last byte
+    recent: np.ndarray  # int64 [longest n-gram, B]: what stands for the last bytes, newest first
     x: np.ndarray  # int32 [H, B]
     y: np.ndarray  # int32 [H, B]
     normal: np.ndarray  # int32 [H, B]
@@ -147,11 +155,12 @@ def network(model):
     """The :class:`Network` of an :class:`~fairseq_sha.portable.model.IntegerModel`."""
     sizes, arrays = model.sizes, model.arrays._asdict()
     numbers = [CELLS.index(sizes.cell), sizes.width, sizes.layers, sizes.window, sizes.fraction]
-    numbers += [math.isqrt(sizes.width << 64), query_limit(sizes.width)]
+    numbers += [math.isqrt(sizes.width << 64), query_limit(sizes.width), sizes.ngram_buckets]
     arrays["numbers"] = np.array(numbers, np.int64)
     arrays["head_of"] = np.full(sizes.layers, -1, np.int64)
     arrays["head_of"][list(sizes.attention_layers)] = np.arange(len(sizes.attention_layers))
     arrays["known"] = np.array(sizes.known, np.int64)
+    arrays["ngram_orders"] = np.array(sizes.ngram_orders, np.int64)
     arrays["row_of"] = np.full(256, len(sizes.known), np.int64)
     arrays["row_of"][arrays["known"]] = np.arange(len(sizes.known))
     for name in ("cell", "hidden", "query", "boom", "head"):
@@ -179,6 +188,7 @@ def start(model, streams):
         "coder": (np.int64, (4,)),
         "steps": (np.int64, (1,)),
         "before": (np.int64, (batch,)),
+        "recent": (np.int64, (max(sizes.ngram_orders, default=0), batch)),
         "x": (np.int32, (width, batch)),
         "y": (np.int32, (width, batch)),
         "normal": (np.int32, (width, batch)),
@@ -442,6 +452,25 @@ def boom(n, s, layer):
 
 
 @inner
+def add_ngrams(n, s, b, token):
+    """Add to ``s.x`` what is embedded of the n-grams that end in a token of one stream."""
+    longest, buckets = s.recent.shape[0], n.numbers[7]
+    for age in range(longest - 1, 0, -1):
+        s.recent[age, b] = s.recent[age - 1, b]
+    s.recent[0, b] = token
+    for k in range(n.ngram_orders.shape[0]):
+        hashed = np.int64(0)
+        for age in range(n.ngram_orders[k]):
+            hashed = (hashed + s.recent[age, b] + 1) * FACTOR % PRIME
+        row = k * buckets + hashed % buckets
+        multiplier = np.int64(n.ngram_multiplier[row])
+        for i in range(s.x.shape[0]):
+            s.x[i, b] += n.ngram_weight[row, i] * multiplier
+    for i in range(s.x.shape[0]):
+        s.x[i, b] = clamp(s.x[i, b])
+
+
+@inner
 def step(n, s):
     """Read ``s.before``; logits are in the first rows of ``s.products``."""
     width, streams = s.x.shape
@@ -449,7 +478,9 @@ def step(n, s):
     for b in range(streams):
         row = n.row_of[s.before[b]]
         for i in range(width):
-            s.x[i, b] = np.int32(n.embedding[row, i]) << 7
+            s.x[i, b] = np.int32(n.embedding[row, i]) << EMBEDDING_BITS
+        if n.ngram_orders.size > 0:
+            add_ngrams(n, s, b, n.ngram_tokens[row])
     for layer in range(layers):
         normalise(s.x, root_width, s.sums, s.normal)
         affine(s.normal, n.start_norm[layer], fraction, s.x)

@@ -8,9 +8,11 @@ import math
 
 import numpy as np
 
+from fairseq_sha.ngram_hash import ngram_rows
 from fairseq_sha.packed_file import stream_length
 from fairseq_sha.portable import coder
 from fairseq_sha.portable.model import (
+    EMBEDDING_BITS,
     EXP_BITS,
     EXP_ENTRIES,
     GATE_BITS,
@@ -46,6 +48,8 @@ class Reader:
         self.c = np.zeros((sizes.layers, streams, width), np.int64)
         # A ring: row t mod window is that of step t. Sums of integers do not depend on the order.
         self.memory = np.zeros((heads, streams, sizes.window, width), np.int8)
+        #: What stands for the last bytes in hashes of n-grams, the oldest first; 0 before the text.
+        self.recent = np.zeros((max(sizes.ngram_orders, default=0), streams), np.int64)
         self.steps = 0
         #: Bytes read of each stream, and how many of them the model does not know.
         self.read = np.zeros(streams, np.int64)
@@ -61,12 +65,22 @@ class Reader:
 
     def step(self, before):
         """Read the bytes ``before [B]`` and give logits: values ``[B, S]`` of the known bytes."""
-        arrays = self.arrays
-        h = arrays.embedding[self.row_of[before]].astype(np.int64) << 7
+        h = self._embed(self.row_of[before])
         for layer in range(self.sizes.layers):
             h = self._layer(layer, h)
         self.steps += 1
         return self._linear("head", 0, self._activation("head", 0, h))
+
+    def _embed(self, rows):
+        """Rows of the embedding ``[B]`` to values ``[B, H]``, with n-grams that end there."""
+        sizes, arrays = self.sizes, self.arrays
+        h = arrays.embedding[rows].astype(np.int64) << EMBEDDING_BITS
+        if sizes.ngram_orders:
+            self.recent = np.concatenate([self.recent[1:], arrays.ngram_tokens[rows][None]])
+            for row in ngram_rows(self.recent, sizes.ngram_orders, sizes.ngram_buckets):
+                multiplier = arrays.ngram_multiplier[row[0], None].astype(np.int64)
+                h += arrays.ngram_weight[row[0]] * multiplier
+        return clamp(h)
 
     def _layer(self, layer, h):
         """As ``SHARNNLayer.forward``: values ``[B, H]`` to values ``[B, H]``."""

@@ -3,7 +3,7 @@
 import torch
 
 from fairseq_sha.modules import NGramEmbedding
-from fairseq_sha.modules.ngram_embedding import FACTOR, PRIME
+from fairseq_sha.ngram_hash import FACTOR, PRIME, ngram_rows
 
 ORDERS, BUCKETS, WIDTH = [2, 4], 50, 3
 
@@ -36,9 +36,8 @@ def test_equals_a_loop_over_positions_in_any_segments():
 
 
 def test_rows_are_spread_over_each_table():
-    module = NGramEmbedding([2, 3], 1000, 1)
-    rows = module.rows(torch.randint(205, (20_002, 1)))
-    first, second = rows[:, 0].t()
+    rows = ngram_rows(torch.randint(205, (20_002, 1)), [2, 3], 1000)
+    first, second = (row[:, 0] for row in rows)
     assert first.max() < 1000 <= second.min()
     for row in (first, second - 1000):
         counts = torch.bincount(row, minlength=1000).float()

@@ -17,6 +17,9 @@ MODELS = {
     "lstm": dict(cell="lstm", attention_layers=[1], width=24),
     "sru": dict(cell="sru", attention_layers=[0, 1], width=40),
     "min_gru": dict(cell="min_gru", attention_layers=[], width=17),
+    "ngrams": dict(
+        cell="sru", attention_layers=[1], width=40, ngram_orders=[4, 2], ngram_buckets=50
+    ),
 }
 
 

@@ -67,14 +67,16 @@ def test_large_states_get_fewer_bits_after_the_point():
     [
         ({"cell": "qrnn"}, "--cell qrnn has no integer form"),
         ({"cell": "layer_norm_lstm"}, "--cell layer_norm_lstm has no integer form"),
-        ({"ngram_orders": [2, 3]}, "a model with --ngram-orders has no integer form"),
+        ({"ngram_orders": [2, 33]}, "at most 8 lengths of at most 32 bytes"),
+        ({"ngram_buckets": 1 << 24, "ngram_orders": [2, 3]}, "16,777,216 rows in all"),
         ({"feed_forward": "full"}, "--feed-forward full has no integer form"),
         ({"width": 8192, "num_layers": 1}, "--width 8192: the integer form has at most 4096"),
         ({"boom_multiple": 17}, "--boom-multiple 17: the integer form has at most 16"),
     ],
 )
 def test_models_without_integer_form_are_refused(settings, message):
-    kinds = {k: v for k, v in settings.items() if k not in ("width", "boom_multiple")}
+    numbers = ("width", "boom_multiple", "ngram_orders", "ngram_buckets")
+    kinds = {k: v for k, v in settings.items() if k not in numbers}
     model = trained(width=8, attention_layers=[], **kinds)
     for name, value in settings.items():
         model.cfg.model[name] = value

@@ -26,31 +26,36 @@ def golden():
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("cell", form.CELLS)
-def test_golden_text_is_restored_and_packed_the_same(golden, cell, name):
+@pytest.mark.parametrize("kind", [*form.CELLS, "ngrams"])
+def test_golden_text_is_restored_and_packed_the_same(golden, kind, name):
     if name == "numba":
         pytest.importorskip("numba")
-    model = portable.PortableModel(form.unpack(golden[cell], cell), FORMS[name])
+    model = portable.PortableModel(form.unpack(golden[kind], kind), FORMS[name])
     text = golden["text"]
     for streams in (1, 3):
-        packed = golden[f"{cell}/{streams}"]
+        packed = golden[f"{kind}/{streams}"]
         assert model.decode(packed, len(text), streams) == text
         assert model.encode(text, streams) == packed
-    assert model.generate(b"abc", 40, seed=1) == golden[f"{cell}/drawn"]
+    assert model.generate(b"abc", 40, seed=1) == golden[f"{kind}/drawn"]
 
 
 def write():
     from tests.portable.helpers import integer_model, text
 
     content = {"text": text(150) + bytes(range(256))[::5] + text(60, 4)}
-    sizes = {"lstm": [1], "sru": [0], "min_gru": [0, 1]}
-    for cell, layers in sizes.items():
-        model = integer_model(cell=cell, width=10, attention_layers=layers, boom_multiple=2)
-        content[cell] = form.pack(model.sizes, model.arrays)
+    models = {
+        "lstm": dict(cell="lstm", attention_layers=[1]),
+        "sru": dict(cell="sru", attention_layers=[0]),
+        "min_gru": dict(cell="min_gru", attention_layers=[0, 1]),
+        "ngrams": dict(cell="sru", attention_layers=[], ngram_orders=[2, 3], ngram_buckets=20),
+    }
+    for name, settings in models.items():
+        model = integer_model(width=10, boom_multiple=2, **settings)
+        content[name] = form.pack(model.sizes, model.arrays)
         ours = portable.PortableModel(model, NumpyForm)
         for streams in (1, 3):
-            content[f"{cell}/{streams}"] = ours.encode(content["text"], streams)
-        content[f"{cell}/drawn"] = ours.generate(b"abc", 40, seed=1)
+            content[f"{name}/{streams}"] = ours.encode(content["text"], streams)
+        content[f"{name}/drawn"] = ours.generate(b"abc", 40, seed=1)
     plain = io.BytesIO()
     np.savez(plain, **{name: np.frombuffer(value, np.uint8) for name, value in content.items()})
     FILE.write_bytes(lzma.compress(plain.getvalue(), preset=9))  # the models share their tables
