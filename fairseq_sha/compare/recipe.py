@@ -220,18 +220,20 @@ def schedule(recipe, updates):
     }
 
 
-def train_command(recipe, folder, run, seed, updates):
+def train_command(recipe, folder, run, seed, updates, validate=True):
     """Train for ``updates`` updates, with about 100 log lines and four validations and checkpoints.
 
     folder: the model's, which holds recipe.yaml
     run: folder of this run, for checkpoints
     updates: None if it is not known yet; the command is then only for display
+    validate: whether there are validations, which give the learning curve
     """
     return hydra_train(
         folder,
         {
             "common.seed": seed,
             **run_length(recipe, updates),
+            **({} if validate else {"dataset.disable_validation": "true"}),
             "checkpoint.save_dir": run / "checkpoints",
         },
     )

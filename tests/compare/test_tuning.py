@@ -60,8 +60,8 @@ def bits_of(monkeypatch):
     def install(function):
         done = []
 
-        def train_and_evaluate(args, model, folder, seed, updates, title, splits):
-            assert seed == tuning.SEED and splits == ("valid",)
+        def train_and_evaluate(args, model, folder, seed, updates, title, splits, curve):
+            assert seed == tuning.SEED and splits == ("valid",) and not curve
             written = yaml.safe_load((folder / "recipe.yaml").read_text())
             assert written["optimization"]["lr"] == model.config["optimization"]["lr"]
             done.append(title)
@@ -319,11 +319,15 @@ def test_tuned_and_given_recipes_are_trained_on_fresh_seeds(folder):
         # As measured alone, unless that was on another machine.
         assert (run["training_seconds"] == 2) == (run["recipe"] == "tuned")
         assert run["machine"]["runs at once"] == 2
+        assert len(run["valid_curve"]) == 4
     trials = results["tuning"]["models"]["good"]["trials"]
     assert [trial["trial"] for trial in trials] == [0, 1] and trials[0]["updates"] == 8
     best = min(trials, key=lambda trial: trial["bits"])
     assert results["tuning"]["models"]["good"]["chosen"] == best["trial"]
     assert 2 < best["bits"] < 8
+    # A trial is evaluated once, at its end.
+    trial = folder / "out" / "tuning" / "good" / "trial0" / "seed0"
+    assert json.loads((trial / "result.json").read_text())["valid_curve"] == []
     tuned = yaml.safe_load((folder / "out" / "good" / "recipe.yaml").read_text())
     lr = 0.01 * best["settings"]["lr"]
     assert tuned["optimization"]["lr"] == [pytest.approx(lr)]
