@@ -29,17 +29,6 @@ BIN := $(VENV)/bin
 PYTEST_OPTIONS ?= --numprocesses 2 --dist loadfile
 DATA := data-bin/enwiki6
 RUN := runs/demo
-# The best settings for eight minutes on two cores: many small updates of a narrow model, no dropout.
-DEMO_OPTIONS := --task byte_language_modeling --cpu \
-  --arch sha_rnn_small --width 192 --window 512 \
-  --dropout-input 0 --dropout-hidden 0 --dropout-output 0 \
-  --tokens-per-sample 64 --random-segment-lengths --batch-size 16 --batch-size-valid 16 \
-  --optimizer min_trust_lamb --min-trust 0.25 --clip-norm 0.25 --criterion cross_entropy \
-  --lr 3e-3 --lr-scheduler polynomial_decay --warmup-updates 200 \
-  --total-num-update 2800 --max-update 2800 --log-interval 50 \
-  --validate-interval-updates 700 --save-interval-updates 700 --keep-interval-updates 1 \
-  --no-epoch-checkpoints
-
 WORDS := data-bin/enwiki6-words
 WORDS_RUN := runs/demo-words
 # As many updates as two cores make in about four minutes: too few for dropout to help.
@@ -73,8 +62,8 @@ $(DATA)/dict.txt: | $(VENV)/installed
 # After an interruption fairseq-train continues from its last checkpoint.
 $(RUN)/trained: | $(DATA)/dict.txt
 	mkdir -p $(RUN)
-	$(BIN)/fairseq-train $(DATA) --user-dir fairseq_sha $(DEMO_OPTIONS) \
-	  --save-dir $(RUN)/checkpoints --tensorboard-logdir $(RUN)/tensorboard
+	$(BIN)/fairseq-hydra-train --config-dir $(CURDIR)/examples/fast --config-name fast \
+	  task.data=$(DATA) common.tensorboard_logdir=$(RUN)/tensorboard checkpoint.save_dir=$(RUN)/checkpoints
 	touch $@
 
 # The command does not write over an older file.

@@ -13,7 +13,8 @@ WIDTH, HEIGHT, DPI = 8, 5, 120
 # Colours that colour-blind readers can tell apart: Okabe and Ito's, and three of Paul Tol's.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 COLOURS += ["#882255", "#999933", "#7F7F7F"]
-MARKERS = "osD^"
+#: Markers and lines: one pair for each round of colours.
+STROKES = {"o": "-", "s": "--", "D": "-.", "^": ":"}
 
 #: What is drawn of one comparison: the name of the file, and a caption.
 PICTURES = {
@@ -81,7 +82,8 @@ def styles_of(models):
     for model in models:
         if model not in styles:
             row, column = divmod(len(styles), len(COLOURS))
-            styles[model] = {"color": COLOURS[column], "marker": MARKERS[row % len(MARKERS)]}
+            marker = list(STROKES)[row % len(STROKES)]
+            styles[model] = {"color": COLOURS[column], "marker": marker}
     return styles
 
 
@@ -141,7 +143,8 @@ def curves(rows, styles, axis, label):
             style = styles[row["model"]]
             score = f"{row['bits']:.3f}" if math.isfinite(row["bits"]) else "diverged"
             text = f"{row['model']}: {score}"
-            panel.plot(x, y, linewidth=1.2, label=text, color=style["color"])
+            line = {"color": style["color"], "linestyle": STROKES[style["marker"]]}
+            panel.plot(x, y, linewidth=1.2, label=text, **line)
             valid_x, valid_y = curve(runs, "valid", axis)
             panel.plot(valid_x, valid_y, linestyle="", markersize=4, **style)
             finite = [value for value in y + valid_y if math.isfinite(value)]
@@ -152,8 +155,9 @@ def curves(rows, styles, axis, label):
         if len(groups) > 1:
             panel.set_title(place(group))
         if group:
-            title = "model: test (line: train, points: valid)"
-            panel.legend(title=title, fontsize="small", title_fontsize="small")
+            title = "model: test\n(line: train, points: valid)"
+            small = {"fontsize": "small", "title_fontsize": "small"}
+            panel.legend(title=title, loc="upper left", bbox_to_anchor=(1, 1), **small)
     # The first updates would compress the rest.
     if low and min(low) < max(high):
         margin = 0.05 * (max(high) - min(low))
