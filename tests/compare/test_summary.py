@@ -77,6 +77,15 @@ def test_learning_curves_of_two_machines_are_in_two_panels():
     assert [axes.get_title() for axes in figure.axes] == ["fast", "slow"]
 
 
+def test_each_of_many_models_has_a_line_of_its_own():
+    pytest.importorskip("matplotlib")
+    names = [f"model{i}" for i in range(25)]
+    rows = summary.summarise([made_up(name, 1, 2.0) for name in names])
+    (axes,) = pictures.curves(rows, pictures.styles_of(names), "bytes", "x").axes
+    lines = [line for line in axes.get_lines() if line.get_label().startswith("model")]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names)
+
+
 def test_another_commit_is_named_and_is_no_other_machine():
     other = {**FAST, "commit": "def456"}
     random = Still()
