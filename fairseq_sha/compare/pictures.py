@@ -14,7 +14,8 @@ WIDTH, HEIGHT, DPI = 8, 5, 120
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 COLOURS += ["#882255", "#999933", "#7F7F7F"]
 #: Markers and lines: one pair for each round of colours.
-STROKES = {"o": "-", "s": "--", "D": "-.", "^": ":"}
+MARKERS = "osD^"
+LINES = dict(zip(MARKERS, ("-", "--", "-.", ":")))
 
 #: What is drawn of one comparison: the name of the file, and a caption.
 PICTURES = {
@@ -82,8 +83,7 @@ def styles_of(models):
     for model in models:
         if model not in styles:
             row, column = divmod(len(styles), len(COLOURS))
-            marker = list(STROKES)[row % len(STROKES)]
-            styles[model] = {"color": COLOURS[column], "marker": marker}
+            styles[model] = {"color": COLOURS[column], "marker": MARKERS[row % len(MARKERS)]}
     return styles
 
 
@@ -143,7 +143,7 @@ def curves(rows, styles, axis, label):
             style = styles[row["model"]]
             score = f"{row['bits']:.3f}" if math.isfinite(row["bits"]) else "diverged"
             text = f"{row['model']}: {score}"
-            line = {"color": style["color"], "linestyle": STROKES[style["marker"]]}
+            line = {"color": style["color"], "linestyle": LINES[style["marker"]]}
             panel.plot(x, y, linewidth=1.2, label=text, **line)
             valid_x, valid_y = curve(runs, "valid", axis)
             panel.plot(valid_x, valid_y, linestyle="", markersize=4, **style)
