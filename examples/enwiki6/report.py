@@ -55,7 +55,7 @@ def report(args):
     check_evaluation(evaluated, test, args.run)
     score = evaluated["bits_per_byte"]
     curves = read_curves(args.run / "tensorboard", "bpc")
-    axes = {"ylabel": "bits per byte", "ylim": (1.8, 5), "title": "SHA-RNN on enwiki6"}
+    axes = {"ylabel": "bits per byte", "ylim": (1.5, 5), "title": "SHA-RNN on enwiki6"}
     draw(curves, score, args.run / "learning_curve.png", **axes)
 
     updates = max(step for step, _ in curves["train_inner"])
