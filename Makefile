@@ -59,10 +59,10 @@ $(DATA)/dict.txt: | $(VENV)/installed
 	$(BIN)/pip install --no-deps gensim==4.4.0
 	$(BIN)/python preprocess/enwiki6.py --dest $(DATA)
 
-# After an interruption fairseq-train continues from its last checkpoint.
+# After an interruption training continues from its last checkpoint.
 $(RUN)/trained: | $(DATA)/dict.txt
 	mkdir -p $(RUN)
-	$(BIN)/fairseq-hydra-train --config-dir $(CURDIR)/examples/fast --config-name fast \
+	$(BIN)/fairseq-hydra-train --config-dir examples/fast --config-name fast \
 	  task.data=$(DATA) common.tensorboard_logdir=$(RUN)/tensorboard checkpoint.save_dir=$(RUN)/checkpoints
 	touch $@
 

@@ -122,11 +122,13 @@ def calibrate(args, model, folder):
     write_json(folder / "speed.json", speed)
 
 
-def train_and_evaluate(args, model, model_folder, seed, updates, title, splits=SPLITS, curve=True):
+def train_and_evaluate(
+    args, model, model_folder, seed, updates, title, splits=SPLITS, validate=True
+):
     """Do one run, as far as it is not done yet, and return its result; RunFailed.
 
     model_folder: has the model's recipe.yaml, and gets a folder for each seed
-    curve: whether the run is validated during training, which takes time
+    validate: whether there are validations during training, which give the learning curve
     """
     folder = model_folder / f"seed{seed}"
     if (folder / "result.json").is_file():
@@ -145,7 +147,7 @@ def train_and_evaluate(args, model, model_folder, seed, updates, title, splits=S
     if not is_trained(read(log)) and args.launcher:
         raise RunFailed(f"was not trained; see {model_folder / 'multirun.log'}")
     if not is_trained(read(log)):
-        command = recipes.train_command(model, model_folder, folder, seed, updates, curve)
+        command = recipes.train_command(model, model_folder, folder, seed, updates, validate)
         args.processes.execute(command, log, title, status, is_trained)
     for split in splits:
         if evaluation_of(folder, model, split) is None:

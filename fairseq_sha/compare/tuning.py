@@ -248,7 +248,7 @@ class Tuning:
         try:
             updates = self.updates(model, values)
             result = runs.train_and_evaluate(
-                self.args, model, folder, SEED, updates, title, splits=("valid",), curve=False
+                self.args, model, folder, SEED, updates, title, splits=("valid",), validate=False
             )
             bits = result["valid"]["bits"]
             failure = None if math.isfinite(bits) else "diverged"

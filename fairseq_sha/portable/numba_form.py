@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from fairseq_sha import ngram_hash
 from fairseq_sha.ngram_hash import FACTOR, PRIME
 from fairseq_sha.packed_file import stream_length
 from fairseq_sha.portable import coder
@@ -657,9 +658,8 @@ def kept_for(sources):
         return njit(loop)
 
 
-run = kept_for(
-    zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-)
+SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(ngram_hash.__file__)]
+run = kept_for(zlib.crc32(b"".join(path.read_bytes() for path in SOURCES)))
 
 
 class NumbaForm:

@@ -60,8 +60,8 @@ def bits_of(monkeypatch):
     def install(function):
         done = []
 
-        def train_and_evaluate(args, model, folder, seed, updates, title, splits, curve):
-            assert seed == tuning.SEED and splits == ("valid",) and not curve
+        def train_and_evaluate(args, model, folder, seed, updates, title, splits, validate):
+            assert seed == tuning.SEED and splits == ("valid",) and not validate
             written = yaml.safe_load((folder / "recipe.yaml").read_text())
             assert written["optimization"]["lr"] == model.config["optimization"]["lr"]
             done.append(title)
