@@ -342,8 +342,13 @@ def power(number):
 
 
 def rival_name(rival):
+    return f"{rival['name']}, {primed(rival)}"
+
+
+def primed(rival):
+    """What a compressor has read before, as text."""
     read = rival["primed_with"]
-    return f"{rival['name']}, {f'primed with {read:,} bytes' if read else 'alone'}"
+    return f"primed with {read:,} bytes" if read else "alone"
 
 
 def about_bits(rows, rivals):
@@ -352,14 +357,8 @@ def about_bits(rows, rivals):
     known = [found for _, found in scores if found["interval"] is not None]
     notes = []
     if scores:
-        seeds = grouped(
-            (", ".join(map(str, found["seeds"])), model) for model, found in scores
-        ).items()
-        notes.append(
-            "Bits are means over seeds: "
-            + "; ".join(f"{numbers} ({', '.join(models)})" for numbers, models in seeds)
-            + "."
-        )
+        seeds = grouped((", ".join(map(str, found["seeds"])), model) for model, found in scores)
+        notes.append(f"Bits are means over seeds: {with_models(seeds)}.")
     if known:
         sizes = {row["runs"][0]["test"].get("block_bytes") for row in rows} - {None}
         size = f" of {min(sizes):,} bytes" if len(sizes) == 1 else ""
@@ -377,9 +376,10 @@ def about_bits(rows, rivals):
         notes.append("Ranks are 95 % intervals from the same draws, compressors left out.")
     single = names(m for m, s in scores if s["interval"] is not None and len(s["seeds"]) == 1)
     if single:
+        of = "" if single == names(model for model, _ in scores) else f" of {single}"
         notes.append(
             f"{DAGGER} covers blocks of text only, not what another seed would change, since there "
-            f"is one seed of {single}. Ranks do not cover it either."
+            f"is one seed{of}. Ranks do not cover it either."
         )
     without = names(model for model, found in scores if found["interval"] is None)
     if without:
@@ -400,12 +400,11 @@ def about_bits(rows, rivals):
 
 def about_evaluation(rows):
     counts = grouped((f"{row['test_bytes']:,}", row["model"]) for row in rows)
-    scored = "; ".join(f"{count} ({', '.join(models)})" for count, models in counts.items())
     policies = grouped((row["runs"][0]["test"].get("policy"), row["model"]) for row in rows)
     return [
-        *([f"Bytes of test that were scored: {scored}."] if rows else []),
+        *([f"Bytes of test that were scored: {with_models(counts)}."] if rows else []),
         *(
-            f"Evaluated with {policy}: {', '.join(models)}."
+            f"Evaluated with {policy}" + ("." if len(policies) == 1 else f": {', '.join(models)}.")
             for policy, models in policies.items()
             if policy is not None
         ),
@@ -511,9 +510,11 @@ def about_rivals(rivals):
     """Versions and times of compressors; their seconds are no times of training."""
     if not rivals:
         return []
-    found = "; ".join(
-        f"{rival_name(rival)}: {rival['version']}, {rival['seconds']:,.3g} s" for rival in rivals
+    seconds = grouped(
+        (f"{rival['name']} ({rival['version']})", f"{rival['seconds']:,.3g} s {primed(rival)}")
+        for rival in rivals
     )
+    found = "; ".join(f"{name}: {', '.join(each)}" for name, each in seconds.items())
     return [
         "A compressor that is primed with train is charged for test only: the compressed size of "
         f"both less that of train. {found}."
@@ -533,6 +534,13 @@ def grouped(pairs):
         if value not in found:
             found.append(value)
     return groups
+
+
+def with_models(groups):
+    """What models have in common as text: with their names, unless it is the same for all."""
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{what} ({', '.join(models)})" for what, models in groups.items())
 
 
 def markdown(tables, notes):

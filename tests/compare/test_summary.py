@@ -136,8 +136,15 @@ def test_tuned_models_and_compressors():
     assert line["expected best of 8"] == line["best"] < line["expected best of 4"]
     assert line["chosen"].startswith("lr ")
     assert "Not finished: min_gru seed 2." in notes
+    assert with_note(notes, "Bytes of test") == "Bytes of test that were scored: 300,000."
+    assert with_note(notes, "†").endswith(
+        "since there is one seed of min_gru. Ranks do not cover it either."
+    )
     assert with_note(notes, "Diverged") == "Diverged in at least one seed: min_gru."
-    assert "pyppmd 1.1.0, 1.2 s" in with_note(notes, "A compressor")
+    assert with_note(notes, "A compressor").endswith(
+        "PPMd, order 16 (pyppmd 1.1.0): 1.2 s primed with 5,480,772 bytes, 1.2 s alone; "
+        "xz -9e (lzma): 0.3 s alone."
+    )
 
 
 def test_intervals_of_one_seed_are_marked():
