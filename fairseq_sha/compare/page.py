@@ -51,7 +51,8 @@ def write(folders, destination, reach=(), relative_to=None):
         folders (list of Path): of comparisons
         destination (Path): a folder, which is made if it is missing
         reach (list of float): bits per byte on valid; what it costs to reach them is reported
-        relative_to (str): the model to which these costs are compared (default: the best on test)
+        relative_to (str): the model to which others are compared, in comparisons that have it
+            (default: the best on test)
 
     Returns:
         whether pictures could be drawn
@@ -61,9 +62,16 @@ def write(folders, destination, reach=(), relative_to=None):
             model ``relative_to``
     """
     comparisons = {name: read(folder) for name, folder in zip(titles(folders), folders)}
-    rows = {name: summary.summarise(found["runs"]) for name, found in comparisons.items()}
+    references = {
+        name: relative_to if relative_to in (run["model"] for run in found["runs"]) else None
+        for name, found in comparisons.items()
+    }
+    check_reference(comparisons, relative_to)
+    rows = {
+        name: summary.summarise(found["runs"], references[name])
+        for name, found in comparisons.items()
+    }
     check_same_text(rows)
-    check_reference(rows, relative_to)
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -84,14 +92,14 @@ def write(folders, destination, reach=(), relative_to=None):
         drawn, complete = {}, False
     sections = []
     if len(comparisons) > 1:
-        joint = joint_table(comparisons, rows)
+        joint = [joint_table(comparisons, rows), *tables_of_budgets(comparisons, relative_to)]
         note = "Intervals, machines, versions and commands are given with each comparison below."
         costs, notes = costs_between(list(rows.values()), reach, relative_to)
         sections.append(
-            Section("All comparisons", "", [joint, *costs], joint_drawn, [note, *notes])
+            Section("All comparisons", "", [*joint, *costs], joint_drawn, [note, *notes])
         )
     for name, found in comparisons.items():
-        tables, notes = summary.report(found)
+        tables, notes = summary.report(found, references[name])
         costs, about_costs = costs_within(rows[name], reach, relative_to)
         tables, notes = [*tables, *costs], [*notes, *about_costs]
         command = found.get("command", "")
@@ -126,7 +134,7 @@ def read(folder):
 
 def check_same_text(rows):
     """UserError if comparisons were scored on different text, by the bytes of their best models."""
-    sizes = {name: summary.best_row(found)["test_bytes"] for name, found in rows.items()}
+    sizes = {name: summary.reference_row(found)["test_bytes"] for name, found in rows.items()}
     (first, size), *others = sizes.items()
     for name, other in others:
         if not summary.is_same_text(size, other):
@@ -150,9 +158,29 @@ def joint_table(comparisons, rows):
     return summary.Table("Bits per byte, test", ["model", *header], lines)
 
 
-def check_reference(rows, model):
-    """UserError if no comparison has the model to which costs are compared."""
-    known = sorted({row["model"] for found in rows.values() for row in found})
+def tables_of_budgets(comparisons, relative_to):
+    """All models of the comparisons that have one budget in one table, for each such budget."""
+    budgets = {}
+    for name, found in comparisons.items():
+        budgets.setdefault(found["settings"]["budget"], {})[name] = found["runs"]
+    tables = []
+    for budget, by_name in budgets.items():
+        models = [model for runs in by_name.values() for model in {run["model"] for run in runs}]
+        pooled = [
+            {**run, "model": f"{run['model']} ({name})"} if models.count(run["model"]) > 1 else run
+            for name, runs in by_name.items()
+            for run in runs
+        ]
+        if len(by_name) > 1:
+            reference = relative_to if relative_to in (run["model"] for run in pooled) else None
+            rows = summary.summarise(pooled, reference)
+            tables.append(summary.main_table(rows, [], {}, reference, f"All models, {budget}"))
+    return tables
+
+
+def check_reference(comparisons, model):
+    """UserError if no comparison has the model to which others are compared."""
+    known = sorted({run["model"] for found in comparisons.values() for run in found["runs"]})
     if model is not None and model not in known:
         raise UserError(f"--relative-to {model}: no such model; there are {', '.join(known)}")
 
@@ -160,7 +188,7 @@ def check_reference(rows, model):
 def costs_within(rows, reach, reference):
     """Tables of what it costs to reach scores within each run of a comparison, and sentences."""
     models = {row["model"]: (cost.within(row["runs"]), row["runs"]) for row in rows}
-    return costs_of(models, reach, reference or summary.best_row(rows)["model"], cost.WITHIN)
+    return costs_of(models, reach, reference or summary.reference_row(rows)["model"], cost.WITHIN)
 
 
 def costs_between(comparisons, reach, reference):
@@ -169,7 +197,7 @@ def costs_between(comparisons, reach, reference):
     for row in (row for rows in comparisons for row in rows):
         runs.setdefault(row["model"], []).extend(row["runs"])
     models = {name: (cost.between(found), found) for name, found in runs.items()}
-    reference = reference or summary.best_row(comparisons[-1])["model"]
+    reference = reference or summary.reference_row(comparisons[-1])["model"]
     return costs_of(models, reach, reference, cost.BETWEEN)
 
 

@@ -62,17 +62,18 @@ def compact(content):
     return json.dumps(content, ensure_ascii=False)
 
 
-def summarise(runs):
+def summarise(runs, reference=None):
     """One row per model, the best on test first, diverged models last.
 
     A row's own numbers are those of the tuned recipe if there is one, otherwise of the paper's.
     ``scores`` has both: bits (means over seeds) and their interval, None without bits of blocks.
-    ``difference`` to the best model is a value and its interval, which is None if it is unknown;
-    it is None for the best, and for models that scored other text. ``one_seed`` tells whether
+    ``difference`` to the reference is a value and its interval, which is None if it is unknown; it
+    is None for the reference, and for models that scored other text. ``one_seed`` tells whether
     that interval lacks the spread between seeds. ``rank`` may be None.
 
     Args:
         runs (list of dict): that are finished
+        reference (str): the model to which others are compared (default: the best)
     """
     models = {}
     for run in runs:
@@ -96,7 +97,7 @@ def summarise(runs):
         }
         rows.append(row)
     rows.sort(key=lambda row: by_bits(row["bits"]))
-    compare_rows(rows)
+    compare_rows(rows, reference)
     return rows
 
 
@@ -132,18 +133,23 @@ def by_bits(bits):
     return bits != bits, bits
 
 
-def compare_rows(rows):
-    """Add ``best``, ``difference`` and ``rank`` to sorted rows: among those that scored the same
-    text, which most of them did."""
+def compare_rows(rows, reference=None):
+    """Add ``reference``, ``difference`` and ``rank`` to sorted rows: among those that scored the
+    same text as the reference, or as most of them did."""
     same = max(
-        ([row for row in rows if is_same_text(row["test_bytes"], of["test_bytes"])] for of in rows),
+        (
+            [row for row in rows if is_same_text(row["test_bytes"], of["test_bytes"])]
+            for of in rows
+            if reference in (None, of["model"])
+        ),
         key=len,
         default=[],
     )
+    first = next((row for row in same if reference in (None, row["model"])), None)
     for row in rows:
-        row.update(best=bool(same) and row is same[0], difference=None, rank=None)
-    for row in same[1:]:
-        row["difference"] = (row["bits"] - same[0]["bits"], None)
+        row.update(reference=row is first, difference=None, rank=None)
+        if row in same and row is not first:
+            row["difference"] = (row["bits"] - first["bits"], None)
     with_blocks = [
         (row, bits) for row in same for bits in [blocks(row["runs"])] if bits is not None
     ]
@@ -156,16 +162,17 @@ def compare_rows(rows):
     if len(drawn) == len(same) > 1:  # otherwise a rank among some of the models would mislead
         for (row, _), *rank in zip(drawn, *intervals.rank_ends(values)):
             row["rank"] = tuple(map(int, rank))
-    if drawn[0][0]["best"]:
-        for (row, _), value in zip(drawn[1:], values[1:]):
-            row["one_seed"] = 1 in (len(row["runs"]), len(same[0]["runs"]))
-            ends = intervals.ends(value - values[0])
-            row["difference"] = (row["bits"] - same[0]["bits"], tuple(map(float, ends)))
+    of_first = [value for (row, _), value in zip(drawn, values) if row is first]
+    for (row, _), value in zip(drawn, values):
+        if of_first and row is not first:
+            row["one_seed"] = 1 in (len(row["runs"]), len(first["runs"]))
+            ends = intervals.ends(value - of_first[0])
+            row["difference"] = (row["bits"] - first["bits"], tuple(map(float, ends)))
 
 
-def best_row(rows):
+def reference_row(rows):
     """The row to which others are compared."""
-    return next(row for row in rows if row["best"])
+    return next(row for row in rows if row["reference"])
 
 
 def is_same_text(first, second):
@@ -173,16 +180,17 @@ def is_same_text(first, second):
     return abs(first - second) <= SAME_TEXT * max(first, second)
 
 
-def report(everything):
+def report(everything, reference=None):
     """The tables of a comparison, and what must be known about them as sentences.
 
     Args:
         everything (dict): the content of results.json
+        reference (str): the model to which others are compared (default: the best)
     """
-    rows = summarise(everything["runs"])
+    rows = summarise(everything["runs"], reference)
     rivals, tuning = everything.get("rivals") or [], everything.get("tuning")
     machines = by_machine(rows)
-    tables = [main_table(rows, rivals, machines)]
+    tables = [main_table(rows, rivals, machines, reference)]
     if len(machines) > 1:
         tables += [
             Table(f"Times on {name}", ["model", *TIMES], [[m, *times(r)] for m, r in runs.items()])
@@ -204,14 +212,15 @@ def report(everything):
     ]
 
 
-def main_table(rows, rivals, machines):
+def main_table(rows, rivals, machines, reference=None, title=""):
     """Models and compressors, the best first. Times are columns if all are of one machine."""
+    to_reference = f"difference to {reference or 'the best model'}"
     tuned = any("tuned" in row["scores"] for row in rows)
     columns = {
         "model": lambda row: row["model"],
         "bits per byte, test, paper's recipe": lambda row: bits(row["scores"].get("paper")),
         "tuned": lambda row: bits(row["scores"].get("tuned")),
-        "difference to the best model": difference,
+        to_reference: lambda row: difference(row, "–" if reference else "best"),
         "rank": lambda row: rank(row["rank"]),
         "answers right": lambda row: answers(row["runs"]),
         "parameters": lambda row: f"{row['parameters']:,}",
@@ -234,7 +243,7 @@ def main_table(rows, rivals, machines):
         cells["model"] = rival_name(rival)
         cells["tuned" if tuned else "bits per byte, test"] = f"{rival['bits']:.3f}"
         if rows:
-            cells["difference to the best model"] = f"{rival['bits'] - best_row(rows)['bits']:+.3f}"
+            cells[to_reference] = f"{rival['bits'] - reference_row(rows)['bits']:+.3f}"
         cells["bytes seen"] = f"{rival['primed_with']:,}"
         lines.append((rival["bits"], list(cells.values())))
     lines.sort(key=lambda line: by_bits(line[0]))
@@ -245,7 +254,7 @@ def main_table(rows, rivals, machines):
         for i in range(len(header))
         if not content or any(line[i] not in ("–", "best") for line in content)
     ]
-    return Table("", [header[i] for i in kept], [[line[i] for i in kept] for line in content])
+    return Table(title, [header[i] for i in kept], [[line[i] for i in kept] for line in content])
 
 
 TIMES = ["tokens/s, training", "tokens/s, evaluation", "peak memory, MB", "training, s"]
@@ -304,10 +313,10 @@ def bits(found):
     return f"{found['bits']:.3f} [{low:.3f}, {high:.3f}]{DAGGER * (len(found['seeds']) == 1)}"
 
 
-def difference(row):
-    """A row's difference to the best model as text."""
-    if row["best"]:
-        return "best"
+def difference(row, of_reference="best"):
+    """A row's difference to the reference as text."""
+    if row["reference"]:
+        return of_reference
     if row["difference"] is None:
         return "other text"
     value, ends = row["difference"]

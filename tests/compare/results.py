@@ -1,6 +1,7 @@
-"""Made-up results of comparisons."""
+"""Made-up results of comparisons, and what reports say of them."""
 
 import math
+import re
 
 from numpy.random import RandomState
 
@@ -85,3 +86,10 @@ def comparison(seconds=720, tuned=True, rivals=True, seeds=(1, 2, 3), shift=0.0)
         xz = {"name": "xz -9e", "primed_with": 0, "bits": 2.481, "seconds": 0.3, "version": "lzma"}
         found["rivals"] = [primed, {**primed, "primed_with": 0, "bits": 2.08}, xz]
     return found
+
+
+def cells_of(report, title=None):
+    """The rows of a table of a report, by model; by default of the first table."""
+    table = report.split(f"**{title}**\n\n" if title else "```\n\n")[1].split("\n\n")[0]
+    rows = [re.split(r" \| ", line.strip("| ")) for line in table.splitlines()]
+    return {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}

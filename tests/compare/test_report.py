@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fairseq_sha.commands import main
-from fairseq_sha.compare import summary
-from tests.compare.results import comparison
+from fairseq_sha.compare import intervals, summary
+from tests.compare.results import BLOCK, SIZE, cells_of, comparison
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,57 @@ def test_works_without_matplotlib(folders, tmp_path):
     assert "pip install 'fairseq-sha[plots]'" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "report.md"}
     assert "not resolved" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def blocks_of(found, model):
+    """Bits of each seed and block of a model's tuned runs."""
+    runs = [run for run in found["runs"] if (run["model"], run.get("recipe")) == (model, "tuned")]
+    return [run["test"]["block_bits"] for run in runs]
+
+
+def is_difference(cell, found, model, other, reference):
+    """Whether a cell has the difference of two models; random numbers may be drawn otherwise."""
+    bits = blocks_of(found, model), blocks_of(other, reference)
+    expected = intervals.interval(bits[0], SIZE, bits[1], block_bytes=BLOCK)
+    numbers = [float(number) for number in re.findall(r"[+-]\d\.\d+", cell)]
+    return cell.count("resolved") == 0 and numbers == pytest.approx(expected, abs=0.004)
+
+
+def test_any_model_can_be_the_reference(folders, tmp_path):
+    found = comparison()
+    assert main(["report", str(folders[0]), "--to", str(tmp_path), "--relative-to", "sha_rnn"]) == 0
+    rows = cells_of((tmp_path / "report.md").read_text(encoding="utf-8"))
+    column = {model: cells["difference to sha_rnn"] for model, cells in rows.items()}
+    assert column["sha_rnn"] == "–"
+    for model in ("sha_lstm", "sha_sru", "adaptive_span", "transformer_xl"):
+        assert is_difference(column[model], found, model, found, "sha_rnn"), column[model]
+    bits = float(rows["sha_rnn"]["tuned"].split()[0])
+    assert column["xz -9e, alone"] == f"{2.481 - bits:+.3f}"
+    # The order and the ranks are still by bits.
+    assert list(rows)[1] == "sha_lstm" and rows["sha_rnn"]["rank"] == "3"
+
+
+def test_models_of_comparisons_with_one_budget_are_in_one_table(folders, tmp_path):
+    found, other = comparison(), comparison(shift=0.3)
+    for run in other["runs"]:
+        run["model"] = {"sha_rnn": "changed"}.get(run["model"], run["model"])
+    (tmp_path / "other").mkdir()
+    summary.write_results(tmp_path / "other" / "results.json", other)
+    three = [*folders, tmp_path / "other"]
+    page = tmp_path / "page"
+    assert main(["report", *map(str, three), "--to", str(page), "--relative-to", "sha_rnn"]) == 0
+    text = (page / "report.md").read_text(encoding="utf-8")
+    assert text.count("**All models, ") == 1  # not one of the budget that one comparison has
+    rows = cells_of(text, "All models, 720 seconds")
+    names = {model.split(" (")[0] for model in rows}
+    assert names == {"sha_rnn", "changed", "sha_lstm", "sha_sru", "adaptive_span"} | {
+        "transformer_xl",
+        "min_gru",
+    }
+    assert len(rows) == 2 + 2 * 5  # models of one name are told apart
+    cell = rows["changed"]["difference to sha_rnn"]
+    assert is_difference(cell, other, "changed", found, "sha_rnn"), cell
+    assert "training, s" not in rows["changed"]
 
 
 def refused(capsys, *words):
