@@ -9,7 +9,7 @@ MAX_WEIGHTS = 1 << 22  # drawn at once
 CONFIDENCE = 0.95
 
 
-def draws(models, size, block_bytes=None, seed=0):
+def draws(models, size, block_bytes=None, seed=0, seeds=None):
     """Draws of the bits per byte of each model, as seeds and text might have been.
 
     Blocks of text are drawn with replacement, the same ones for all models (bootstrap: B. Efron and
@@ -17,12 +17,18 @@ def draws(models, size, block_bytes=None, seed=0):
     Student's t distribution: a bootstrap of two to five seeds covers far less than it says. A model
     with one seed is drawn as if another seed would change nothing.
 
+    Models with the same seeds are drawn together, from the multivariate t distribution of their
+    means: what a seed does to all of them, such as where in train they begin, is no uncertainty of
+    a difference. The interval of the difference of two models is then that of the paired t test.
+
     Args:
         models (list of ndarray): bits of each seed and block, ``[seeds, blocks]``, of each model
         size (int): bytes of the text
         block_bytes (int): bytes of each block but the last, which has the rest; by default all
             blocks have the same size
         seed (int): of the random numbers
+        seeds (list of tuple): which seeds the rows of each model are; by default, no two models
+            have the same
 
     Returns:
         bits per byte, ``[models, REPEATS]``; nan for a model with a score of nan
@@ -40,11 +46,17 @@ def draws(models, size, block_bytes=None, seed=0):
         drawn_bytes = weights @ sizes  # fewer where the short block was drawn often
         for value, bits in zip(values, models):
             value[first : first + step] = weights @ bits.mean(0) / drawn_bytes
-    for value, bits in zip(values, models):
-        seeds = len(bits)
-        if seeds > 1:
-            error = bits.sum(1).std(ddof=1) / size / math.sqrt(seeds)
-            value += error * random.standard_t(seeds - 1, REPEATS)
+    effects = {}
+    for number, (value, bits) in enumerate(zip(values, models)):
+        count = len(bits)
+        if count == 1:
+            continue
+        key = number if seeds is None else seeds[number]
+        if key not in effects:
+            scale = np.sqrt(random.chisquare(count - 1, REPEATS) / (count - 1))
+            effects[key] = random.normal(size=(count, REPEATS)) / scale
+        deviations = bits.sum(1) - bits.sum(1).mean()
+        value += deviations @ effects[key] / size / math.sqrt(count * (count - 1))
     return values
 
 

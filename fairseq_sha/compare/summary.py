@@ -82,7 +82,7 @@ def summarise(runs, reference=None):
     rows = []
     for name, recipes in models.items():
         recipe = "tuned" if "tuned" in recipes else "paper"
-        chosen = recipes[recipe]
+        chosen = sorted(recipes[recipe], key=lambda run: run["seed"])
         flops = [run.get("training_flops") for run in chosen]
         row = {
             "model": name,
@@ -158,7 +158,12 @@ def compare_rows(rows, reference=None):
     shape = with_blocks[0][1].shape[1]
     drawn = [(row, bits) for row, bits in with_blocks if bits.shape[1] == shape]
     block_bytes = drawn[0][0]["runs"][0]["test"].get("block_bytes")
-    values = intervals.draws([bits for _, bits in drawn], drawn[0][0]["test_bytes"], block_bytes)
+    values = intervals.draws(
+        [bits for _, bits in drawn],
+        drawn[0][0]["test_bytes"],
+        block_bytes,
+        seeds=[tuple(run["seed"] for run in row["runs"]) for row, _ in drawn],
+    )
     if len(drawn) == len(same) > 1:  # otherwise a rank among some of the models would mislead
         for (row, _), *rank in zip(drawn, *intervals.rank_ends(values)):
             row["rank"] = tuple(map(int, rank))
@@ -378,8 +383,8 @@ def about_bits(rows, rivals):
     if any(row["difference"] and row["difference"][1] for row in rows):
         notes.append(
             "“Not resolved”: the interval of the difference contains zero. Both models are scored "
-            "on the same blocks. Each interval is for its difference alone, not adjusted for the "
-            "number of them."
+            "on the same blocks, and paired by seed if they have the same seeds. Each interval is "
+            "for its difference alone, not adjusted for the number of them."
         )
     if any(row["rank"] for row in rows):
         notes.append("Ranks are 95 % intervals from the same draws, compressors left out.")

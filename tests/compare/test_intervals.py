@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fairseq_sha.compare.intervals import draws, interval, rank_ends
+from fairseq_sha.compare.intervals import draws, ends, interval, rank_ends
 
 
 def simulated(random, mean, seeds=6, blocks=40, spread=20.0, noise=None):
@@ -69,6 +69,46 @@ def test_difference_contains_the_truth_as_often_as_it_says_though_seeds_are_few(
         _, low, high = interval(first, 20_000, second, seed=trial)
         hits += low < 0.05 < high
     assert hits >= 54
+
+
+def ends_of_difference(first, second, size, seed=0):
+    """The 95 % interval of the difference of two models with the same seeds."""
+    names = tuple(range(len(first)))
+    values = draws([first, second], size, seed=seed, seeds=[names, names])
+    return ends(values[0] - values[1])
+
+
+def test_what_a_seed_does_to_both_models_is_no_uncertainty_of_their_difference():
+    random = np.random.RandomState(6)
+    noise, effect = random.normal(0, 100, 40), random.normal(0, 300, (3, 1))
+    first, second = (effect + simulated(random, m, 3, noise=noise) for m in (2.1, 2.0))
+    low, high = ends_of_difference(first, second, 40_000)
+    assert 0.02 < low < high < 0.18
+    _, low, high = interval(first, 40_000, second)  # as if they had other seeds
+    assert low < 0 < high
+
+
+def test_interval_of_paired_seeds_is_that_of_the_paired_t_test():
+    # Blocks are alike, so that all of the spread is that of seeds.
+    seeds = np.array([[2.17, 2.21, 2.15], [2.19, 2.26, 2.19]])
+    first, second = (np.repeat(1000 * bits[:, None], 10, axis=1) for bits in seeds)
+    differences = seeds[0] - seeds[1]
+    error = 4.303 * differences.std(ddof=1) / np.sqrt(3)  # t with two degrees of freedom
+    expected = [differences.mean() - error, differences.mean() + error]
+    assert ends_of_difference(first, second, 10_000) == pytest.approx(expected, abs=0.005)
+
+
+def test_paired_interval_contains_the_truth_as_often_as_it_says():
+    random = np.random.RandomState(8)
+    hits = 0
+    for trial in range(100):
+        noise, effect = random.normal(0, 300, 20), random.normal(0, 400, (3, 1))
+        first, second = (
+            effect + simulated(random, m, 3, 20, spread=200, noise=noise) for m in (2.05, 2.0)
+        )
+        low, high = ends_of_difference(first, second, 20_000, seed=trial)
+        hits += low < 0.05 < high
+    assert 88 <= hits <= 99
 
 
 def test_one_seed_gives_the_spread_of_blocks_only():
