@@ -159,7 +159,8 @@ def joint_table(comparisons, rows):
 
 
 def tables_of_budgets(comparisons, relative_to):
-    """All models of the comparisons that have one budget in one table, for each such budget."""
+    """All models of the comparisons that have one budget in one table, for each such budget. Where
+    several have the model ``relative_to``, that of the first is meant."""
     budgets = {}
     for name, found in comparisons.items():
         budgets.setdefault(found["settings"]["budget"], {})[name] = found["runs"]
@@ -172,7 +173,8 @@ def tables_of_budgets(comparisons, relative_to):
             for run in runs
         ]
         if len(by_name) > 1:
-            reference = relative_to if relative_to in (run["model"] for run in pooled) else None
+            meant = relative_to, *(f"{relative_to} ({name})" for name in by_name)
+            reference = next((run["model"] for run in pooled if run["model"] in meant), None)
             rows = summary.summarise(pooled, reference)
             tables.append(summary.main_table(rows, [], {}, reference, f"All models, {budget}"))
     return tables

@@ -148,7 +148,8 @@ def compare_rows(rows, reference=None):
     first = next((row for row in same if reference in (None, row["model"])), None)
     for row in rows:
         row.update(reference=row is first, difference=None, rank=None)
-        if row in same and row is not first:
+    for row in same:
+        if row is not first:
             row["difference"] = (row["bits"] - first["bits"], None)
     with_blocks = [
         (row, bits) for row in same for bits in [blocks(row["runs"])] if bits is not None

@@ -146,6 +146,13 @@ def test_models_of_comparisons_with_one_budget_are_in_one_table(folders, tmp_pat
     cell = rows["changed"]["difference to sha_rnn"]
     assert is_difference(cell, other, "changed", found, "sha_rnn"), cell
     assert "training, s" not in rows["changed"]
+    assert main(["report", *map(str, three), "--to", str(page), "--relative-to", "sha_lstm"]) == 0
+    rows = cells_of((page / "report.md").read_text(encoding="utf-8"), "All models, 720 seconds")
+    first, second = f"sha_lstm ({folders[0]})", "sha_lstm (other)"
+    assert rows[first][f"difference to {first}"] == "–"
+    assert is_difference(
+        rows[second][f"difference to {first}"], other, "sha_lstm", found, "sha_lstm"
+    )
 
 
 def refused(capsys, *words):
