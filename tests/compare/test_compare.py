@@ -303,9 +303,11 @@ def test_plugin_is_found_without_a_clone(finished, tmp_path, monkeypatch):
     assert recipes.user_dir({}) is None
 
 
-@pytest.mark.parametrize("name", ["head_to_head", "recurrences"])
-def test_results_of_the_examples_give_their_tables(name):
-    folder = EXAMPLES / name / "enwiki6"
+FOLDERS = sorted(path.parent for path in EXAMPLES.glob("**/results.json"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_results_of_the_examples_give_their_tables(folder):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     table = summary.markdown(*summary.report(results))
     assert table == (folder / "table.md").read_text(encoding="utf-8")
