@@ -156,7 +156,7 @@ def test_identity_of_the_build(sha_rnn, monkeypatch, module, name, value):
     assert compression.identity_of_build(sha_rnn) != before
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo, which Linux has")
 def test_processor_is_described(monkeypatch):
     described = compression.processor()
     assert described == compression.processor() and platform.machine() in described

@@ -102,7 +102,9 @@ def test_file_errors_are_one_line_unless_the_traceback_is_wanted(path):
     assert done.returncode == 1 and b"Traceback" in done.stderr
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs /dev/full, a device that is always full"
+)
 def test_full_disk_is_one_line(path):
     with open("/dev/full", "wb") as full:
         done = subprocess.run(

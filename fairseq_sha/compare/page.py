@@ -92,7 +92,9 @@ def write(folders, destination, reach=(), relative_to=None):
         drawn, complete = {}, False
     sections = []
     if len(comparisons) > 1:
-        joint = [joint_table(comparisons, rows), *tables_of_budgets(comparisons, relative_to)]
+        joint = tables_of_budgets(comparisons, relative_to)
+        if len({found["settings"]["budget"] for found in comparisons.values()}) > 1:
+            joint.insert(0, joint_table(comparisons, rows))
         note = "Intervals, machines, versions and commands are given with each comparison below."
         costs, notes = costs_between(list(rows.values()), reach, relative_to)
         sections.append(
