@@ -102,6 +102,7 @@ def summarise(runs, baseline):
     results, costs = zip(*runs)
     tests = [result["test"] for result in results]
     bits, base = (np.array([r["test"]["block_bits"] for r, _ in each]) for each in (runs, baseline))
+    seeds = [tuple(result["seed"] for result, _ in each) for each in (runs, baseline)]
     size, words, block = (tests[0][key] for key in ("bytes", "words", "block_bytes"))
     nats = np.mean([test["nats"] for test in tests])
     total = {name: np.mean([select(cost, name) for cost in costs]) for name in PARTS}
@@ -112,14 +113,14 @@ def summarise(runs, baseline):
     ]
     same_text = bits.shape[1] == base.shape[1]
     return {
-        "seeds": [result["seed"] for result in results],
+        "seeds": seeds[0],
         "parameters": results[0]["parameters"],
         "tokens": tests[0]["tokens"],
         "bytes": size,
         "words": words,
         "nats": nats,
         "bits_per_byte": interval(bits, size, block_bytes=block),
-        "difference": interval(bits, size, base, block_bytes=block)
+        "difference": interval(bits, size, base, block_bytes=block, seeds=seeds)
         if same_text and runs is not baseline
         else None,
         "valid": np.mean([result["valid"]["bits"] for result in results]),
@@ -162,7 +163,8 @@ def report(content):
     lines += [
         "",
         f"Means over seeds ({seeds}) and intervals of 95 %: blocks of 10,000 bytes are drawn by "
-        "bootstrap, means over seeds from Student's t distribution.",
+        "bootstrap, means over seeds from Student's t distribution. "
+        "Differences pair models by seed.",
         f"Denominators: {counted}. They differ by the first token, which is not predicted.",
         "",
         "| bits per word | " + " | ".join(PARTS) + " | together |",

@@ -1,7 +1,7 @@
 """What it costs to reach a score: within one run, or between runs of several lengths."""
 
 import math
-from typing import List, NamedTuple
+from typing import Dict, List, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ BETWEEN = (
 class Curve(NamedTuple):
     """Bits on valid against what they cost, of one seed."""
 
+    seed: int
     costs: List[dict]  # by the keys of KINDS, of each point; a value may be None
     bits: List[float]
 
@@ -41,6 +42,7 @@ def within(runs):
     """The learning curves of some runs of a model."""
     return [
         Curve(
+            run["seed"],
             [
                 {
                     name: run.get(key) and run[key] * update / run["updates"]
@@ -61,10 +63,11 @@ def between(runs):
         seeds.setdefault(run["seed"], {})[run["updates"]] = run
     return [
         Curve(
+            seed,
             [{name: run.get(key) for name, key in KINDS.items()} for run in lengths.values()],
             [run["valid"]["bits"] for run in lengths.values()],
         )
-        for lengths in seeds.values()
+        for seed, lengths in seeds.items()
         if len(lengths) > 1
     ]
 
@@ -92,14 +95,20 @@ def reached(costs, bits, target):
 class Cost(NamedTuple):
     """What a model needs to reach a score."""
 
-    values: List[float]  # of the seeds that reach it
+    by_seed: Dict[int, float]  # of the seeds that reach it
     seeds: int  # in all
     bound: bool  # whether a value is only an upper bound
 
     @property
     def complete(self):
         """Whether all seeds reach it, and where is known."""
-        return len(self.values) == self.seeds and not self.bound
+        return len(self.by_seed) == self.seeds and not self.bound
+
+    @property
+    def mean(self):
+        """The geometric mean; inf if no seed reaches it."""
+        logs = [math.log(value) for value in self.by_seed.values()]
+        return math.exp(sum(logs) / len(logs)) if logs else math.inf
 
 
 def cost(curves, kind, target):
@@ -107,24 +116,23 @@ def cost(curves, kind, target):
     costs = [[point[kind] for point in curve.costs] for curve in curves]
     if any(None in of_seed for of_seed in costs):
         return None
-    found = [reached(c, curve.bits, target) for c, curve in zip(costs, curves)]
-    found = [one for one in found if one is not None]
-    return Cost([value for value, _ in found], len(curves), any(bound for _, bound in found))
+    by_seed, bound = {}, False
+    for of_seed, curve in zip(costs, curves):
+        found = reached(of_seed, curve.bits, target)
+        if found is not None:
+            by_seed[curve.seed] = found[0]
+            bound |= found[1]
+    return Cost(by_seed, len(curves), bound)
 
 
-def ratio(costs, others):
-    """The ratio of geometric means over seeds, and its 95 % interval from Student's t distribution;
-    None for the interval if there is only one seed of either."""
-    logs = [np.log(costs), np.log(others)]
-    value = math.exp(logs[0].mean() - logs[1].mean())
-    if min(map(len, logs)) < 2:
+def ratio(found, other):
+    """The ratio of two :class:`Cost`, and its 95 % interval, for which models with the same seeds
+    are paired, see :func:`intervals.draws`; None for the interval if either has only one seed."""
+    value = found.mean / other.mean
+    if min(len(found.by_seed), len(other.by_seed)) < 2:
         return value, None
-    random = np.random.RandomState(0)
-    drawn = [
-        log.mean()
-        + log.std(ddof=1) / math.sqrt(len(log)) * random.standard_t(len(log) - 1, intervals.REPEATS)
-        for log in logs
-    ]
+    seeds, costs = zip(*(zip(*sorted(one.by_seed.items())) for one in (found, other)))
+    drawn = intervals.draws([np.log(of_model)[:, None] for of_model in costs], 1, seeds=seeds)
     return value, tuple(np.exp(intervals.ends(drawn[0] - drawn[1])))
 
 
@@ -147,20 +155,16 @@ def report(models, target, reference, where):
         for name, (curves, _) in models.items()
         if curves
     }
-    by_updates = {
-        name: np.mean(found["updates"].values) if found["updates"].values else math.inf
-        for name, found in costs.items()
-    }
     rows = [
         [
             name,
-            f"{len(costs[name]['updates'].values)} of {costs[name]['updates'].seeds}",
+            f"{len(costs[name]['updates'].by_seed)} of {costs[name]['updates'].seeds}",
             *(
                 cell(costs[name][kind], costs.get(reference, {}).get(kind), name == reference, kind)
                 for kind in kinds
             ),
         ]
-        for name in sorted(costs, key=by_updates.get)
+        for name in sorted(costs, key=lambda name: costs[name]["updates"].mean)
     ]
     title = f"Cost to reach {target:g} bits per byte on valid"
     table = summary.Table(title, ["model", "seeds that reach it", *kinds], rows)
@@ -168,7 +172,8 @@ def report(models, target, reference, where):
         where,
         f"Costs are geometric means over the seeds that reach the score, which is too low where "
         f"some do not. In parentheses: the ratio to {reference}, with its 95 % interval from the "
-        f"spread between seeds ({summary.DAGGER}: one seed, no interval).",
+        f"spread between seeds, paired where both models have the same ({summary.DAGGER}: one "
+        f"seed, no interval).",
     ]
     if len(kinds) < len(KINDS):
         notes.append("Seconds to reach a score are left out, since runs are of several machines.")
@@ -179,14 +184,13 @@ def cell(found, other, is_reference, kind):
     """A cost as text, with its ratio to the reference's."""
     if found is None:
         return "–"
-    if not found.values:
+    if not found.by_seed:
         return "not reached"
-    value = math.exp(np.mean(np.log(found.values)))
-    text = summary.power(value) if kind == "training FLOPs" else f"{value:,.0f}"
+    text = summary.power(found.mean) if kind == "training FLOPs" else f"{found.mean:,.0f}"
     if found.bound:
         return f"≤ {text}"
     if is_reference or other is None or not (found.complete and other.complete):
         return text
-    times, ends = ratio(found.values, other.values)
+    times, ends = ratio(found, other)
     shown = f"[{ends[0]:.2f}, {ends[1]:.2f}]" if ends else summary.DAGGER
     return f"{text} ({times:.2f} {shown})"

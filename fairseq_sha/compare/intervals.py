@@ -70,7 +70,9 @@ def ends(values, confidence=CONFIDENCE):
     return np.percentile(values, [tail, 100 - tail], axis=-1)
 
 
-def interval(bits, size, baseline=None, confidence=CONFIDENCE, seed=0, block_bytes=None):
+def interval(
+    bits, size, baseline=None, confidence=CONFIDENCE, seed=0, block_bytes=None, seeds=None
+):
     """Bits per byte, or their difference to those of another model, with an interval; see
     :func:`draws`.
 
@@ -81,6 +83,7 @@ def interval(bits, size, baseline=None, confidence=CONFIDENCE, seed=0, block_byt
         confidence (float): of the interval
         seed (int): of the random numbers
         block_bytes (int): bytes of each block but the last; by default all have the same size
+        seeds (list of tuple): the seeds of the rows of both; by default, they share none
 
     Returns:
         the value, and both ends of the interval
@@ -88,7 +91,7 @@ def interval(bits, size, baseline=None, confidence=CONFIDENCE, seed=0, block_byt
     models = [np.asarray(bits, float), *([] if baseline is None else [np.asarray(baseline, float)])]
     signs = np.array([1, -1][: len(models)])
     center = signs @ [model.mean(0).sum() for model in models]
-    low, high = ends(signs @ draws(models, size, block_bytes, seed), confidence)
+    low, high = ends(signs @ draws(models, size, block_bytes, seed, seeds), confidence)
     return center / size, low, high
 
 

@@ -2,7 +2,6 @@
 ``fairseq-sha report --reach`` writes."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -29,16 +28,36 @@ def test_the_first_time_counts_and_a_diverged_run_reaches_nothing():
     assert cost.reached([1, 2], [nan, 2.0], 2.5) == (2, True)
 
 
+def cost_of(values, first_seed=1):
+    """A cost that all seeds reach."""
+    by_seed = dict(enumerate(values, first_seed))
+    return cost.Cost(by_seed, len(by_seed), bound=False)
+
+
 def test_ratio_is_of_geometric_means_and_its_interval_covers():
-    assert cost.ratio([100, 400], [50])[0] == pytest.approx(4)
-    assert cost.ratio([100, 400], [50])[1] is None
+    assert cost.ratio(cost_of([100, 400]), cost_of([50])) == (pytest.approx(4), None)
     # Simulated: the true ratio is 2, and both have a spread of a tenth.
-    random, covered = RandomState(1), 0
-    for _ in range(200):
-        first, second = np.exp(random.normal([[math.log(2)], [0]], 0.1, (2, 3)))
-        _, (low, high) = cost.ratio(first, second)
-        covered += low < 2 < high
-    assert 185 <= covered <= 200  # Welch's interval is a little too wide
+    random = RandomState(1)
+    for first_seed in (1, 4):  # the same seeds, and others
+        covered = 0
+        for _ in range(200):
+            first, second = np.exp(random.normal([[math.log(2)], [0]], 0.1, (2, 3)))
+            _, (low, high) = cost.ratio(cost_of(first), cost_of(second, first_seed))
+            covered += low < 2 < high
+        assert 185 <= covered <= 200  # Welch's interval is a little too wide
+
+
+def test_ratio_pairs_models_by_seed():
+    first, second = cost_of([200, 420, 810]), cost_of([100, 200, 400])
+    _, (low, high) = cost.ratio(first, second)
+    logs = np.log([200 / 100, 420 / 200, 810 / 400])
+    error = 4.303 * logs.std(ddof=1) / np.sqrt(3)  # the paired t test, two degrees of freedom
+    expected = np.exp([logs.mean() - error, logs.mean() + error])
+    assert [low, high] == pytest.approx(expected, rel=0.01)
+    in_another_order = first._replace(by_seed={3: 810, 1: 200, 2: 420})
+    assert cost.ratio(in_another_order, second)[1] == pytest.approx((low, high))
+    _, (low, high) = cost.ratio(first, cost_of([100, 200, 400], first_seed=4))
+    assert low < 0.5 and high > 8
 
 
 @pytest.fixture
@@ -92,7 +111,8 @@ def test_report_of_one_comparison_reads_learning_curves(write, tmp_path):
     # The first validation, after 250 updates, is already better.
     assert table["fast"]["updates"] == "≤ 250"
     table = cells_of(text, "Cost to reach 1.5 bits per byte on valid")
-    assert re.match(r"279 \(0\.50 \[0\.4\d, 0\.5\d\]\)$", table["fast"]["updates"])
+    # Each seed is twice as fast, so that no spread remains.
+    assert table["fast"]["updates"] == "279 (0.50 [0.50, 0.50])"
     assert "no measure of what a shorter run" in text
 
 
