@@ -93,8 +93,16 @@ def add_arguments(parser):
     parser.add_argument(
         "--calibration-seconds",
         type=float,
-        default=40,
+        default=20,
         help="how long each model is trained to measure its speed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration-rounds",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how often the speeds are measured, in rounds through all models; the fastest counts, "
+        "since other work only makes a model slower (default: %(default)s)",
     )
     parser.add_argument(
         "--eval-streams",

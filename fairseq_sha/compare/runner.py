@@ -23,10 +23,10 @@ from fairseq_sha.compare.runs import (
     BUDGETS,
     SPLITS,
     budget_of,
-    calibrate,
     changed,
     is_trained,
     known_updates,
+    measure_speeds,
     train_and_evaluate,
     updates_of,
     write_json,
@@ -70,12 +70,13 @@ def compare(args):
 
     failures = []
     updates = {}
+    cases = [(model, args.out / model.folder) for model in models]
+    if args.parallel == 1:  # runs side by side do not tell the speed
+        cases = [case for case in cases if known_updates(args.budget, *case) is None]
+    measure_speeds(args, cases)
     for model in models:
         try:
-            folder = args.out / model.folder
-            if args.parallel > 1 and not (folder / "speed.json").is_file():
-                calibrate(args, model, folder)  # runs side by side do not tell the speed
-            updates[model.folder] = updates_of(args, args.budget, model, folder)
+            updates[model.folder] = updates_of(args, args.budget, model, args.out / model.folder)
         except RunFailed as error:
             print(f"{model.title} {error}", flush=True)
             failures.append(f"{model.title} (calibration)")
@@ -123,8 +124,15 @@ def seeds_of(args, model):
 
 def load(args):
     """Check the options and read the configs; UserError."""
-    numbers = (*BUDGETS, "calibration_seconds", "eval_streams", "parallel", "trials")
-    for option in (*numbers, *(f"trial_{kind}" for kind in BUDGETS)):
+    numbers = (
+        *BUDGETS,
+        "calibration_seconds",
+        "calibration_rounds",
+        "eval_streams",
+        "parallel",
+        "trials",
+    )
+    for option in numbers:
         value = getattr(args, option)
         if value is not None and value <= 0:
             raise UserError(f"--{option.replace('_', '-')} {value:g}: must be positive")

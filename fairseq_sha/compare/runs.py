@@ -1,5 +1,6 @@
 """One run of a comparison: how long it is, what it takes, what it leaves."""
 
+import contextlib
 import json
 import os
 import platform
@@ -74,7 +75,8 @@ def updates_of(args, budget, model, folder):
     """
     updates = known_updates(budget, model, folder)
     if updates is None:
-        calibrate(args, model, folder)
+        for number in range(1, args.calibration_rounds + 1):
+            calibrate(args, model, folder, number)
         updates = known_updates(budget, model, folder)
     return updates
 
@@ -96,9 +98,39 @@ def known_updates(budget, model, folder):
     return max(1, round(tokens / recipes.tokens_per_update(model)))
 
 
-def calibrate(args, model, folder):
-    """Train a model for a short time, or a longer one if it is slow, and write its speed to
-    speed.json; RunFailed."""
+def measure_speeds(args, cases):
+    """Measure the speeds that are not known yet, in rounds through all models: what slows the
+    machine for a while must not slow a few of them only. A failure is left to whoever needs the
+    speed.
+
+    cases: pairs of a model and its folder, which has its recipe.yaml
+    """
+    cases = [case for case in cases if not (case[1] / "speed.json").is_file()]
+    for number in range(1, args.calibration_rounds + 1):
+        for model, folder in cases:
+            with contextlib.suppress(RunFailed):
+                calibrate(args, model, folder, number)
+
+
+def calibrate(args, model, folder, number):
+    """Train a model for a short time, or a longer one if it is slow, and measure its speed. After
+    the last of all rounds, write the fastest to speed.json; RunFailed.
+
+    number: of the round; nothing is done if it was done before
+    """
+    path = folder / f"calibration{number}.json"
+    if not path.is_file():
+        write_json(path, measured_speed(args, model, folder))
+    rounds = [folder / f"calibration{n}.json" for n in range(1, args.calibration_rounds + 1)]
+    if all(path.is_file() for path in rounds):
+        speeds = [json.loads(read(path)) for path in rounds]
+        fastest = max(speeds, key=lambda speed: speed["updates_per_second"])
+        of_rounds = [speed["updates_per_second"] for speed in speeds]
+        write_json(folder / "speed.json", {**fastest, "of_rounds": of_rounds})
+
+
+def measured_speed(args, model, folder):
+    """What ``speed.json`` says, measured once; RunFailed."""
     log = folder / "calibration.log"
     for factor in LONGER:
         if log.exists():
@@ -112,14 +144,13 @@ def calibrate(args, model, folder):
             break
     else:
         raise RunFailed(f"is too slow to be measured in {seconds:g} s; raise --calibration-seconds")
-    speed = {
+    return {
         "updates_per_second": 1 / training.seconds_per_update,
         "tokens_per_update": training.tokens_per_update,
         "bytes_per_token": training.bytes_per_token,
         "measured_updates": training.train[-1][0],
         "machine": machine(args.processes),
     }
-    write_json(folder / "speed.json", speed)
 
 
 def train_and_evaluate(

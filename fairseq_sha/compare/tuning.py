@@ -180,20 +180,21 @@ class Tuning:
             yield
 
     def measure_speeds(self, points):
-        """Measure the speed of each model at each point, if the budget needs it, one after the
-        other."""
+        """Measure the speed of each model at each point, if the budget needs it."""
+        cases = {}
         for name in self.models:
             for point in points:
-                model, values = self.trial(name, point)
-                with contextlib.suppress(RunFailed):  # the trial will say so
-                    self.updates(model, values)
+                model, folder = self.speed_case(*self.trial(name, point))
+                if runs.known_updates(self.budget, model, folder) is None:
+                    cases.setdefault(folder, model)
+        runs.measure_speeds(self.args, [(model, folder) for folder, model in cases.items()])
 
-    def updates(self, model, values):
-        """How many updates a trial has; RunFailed."""
+    def speed_case(self, model, values):
+        """A model, and the folder of all its trials that have the same speed."""
         folder = self.folder / model.name / f"speed-{self.space.speed_key(model, values)}"
         folder.mkdir(exist_ok=True)
         write_recipe(folder, model)
-        return runs.updates_of(self.args, self.budget, model, folder)
+        return model, folder
 
     def work(self):
         """Do trials until all are taken. The first trials of all models come first."""
@@ -246,7 +247,7 @@ class Tuning:
         write_recipe(folder, model)
         title = f"{name}, trial {number}"
         try:
-            updates = self.updates(model, values)
+            updates = runs.updates_of(self.args, self.budget, *self.speed_case(model, values))
             result = runs.train_and_evaluate(
                 self.args, model, folder, SEED, updates, title, splits=("valid",), validate=False
             )

@@ -366,7 +366,7 @@ def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monke
     """With a model of fairseq's own, on its own task."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
-    args = argparse.Namespace(calibration_seconds=10.0, processes=Processes())
+    args = argparse.Namespace(calibration_seconds=10.0, calibration_rounds=1, processes=Processes())
     budget, folder = runs.Budget("seconds", 30.0), tmp_path / "stock"
     model = recipes.load(configs / "stock.yaml", data, [])
     runner.prepare(folder, model, {})
@@ -385,15 +385,18 @@ def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monke
 
 
 class SlowTraining:
-    """Stands for processes whose training makes an update in so many seconds."""
+    """Stands for processes whose training makes an update in so many seconds: one number, or one
+    for each time; the last one stays."""
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    def __init__(self, *seconds):
+        self.seconds, self.titles = list(seconds), []
 
-    def execute(self, command, log, *unused):
+    def execute(self, command, log, title, *unused):
+        seconds = self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
+        self.titles.append(title)
         hours = float(re.search(r"stop_time_hours=([\d.]+)", " ".join(map(str, command)))[1])
-        updates = range(5, int(3600 * hours / self.seconds) + 1, 5)
-        speeds = {"wpb": "100", "wps": str(100 / self.seconds), "bpb": "3"}
+        updates = range(5, int(3600 * hours / seconds) + 1, 5)
+        speeds = {"wpb": "100", "wps": str(100 / seconds), "bpb": "3"}
         lines = [json.dumps({"epoch": 1, "num_updates": str(u), **speeds}) for u in updates]
         log.write_text("\n".join(["training on 1 devices", *lines]))
 
@@ -401,13 +404,39 @@ class SlowTraining:
 def test_slow_models_are_measured_longer(data, configs, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "machine", lambda processes: {})
     model = recipes.load(configs / "good.yaml", data, [])
-    args = argparse.Namespace(calibration_seconds=10.0, processes=SlowTraining(2.5))
-    runs.calibrate(args, model, tmp_path)
+    args = argparse.Namespace(
+        calibration_seconds=10.0, calibration_rounds=1, processes=SlowTraining(2.5)
+    )
+    runs.calibrate(args, model, tmp_path, 1)
     speed = json.loads((tmp_path / "speed.json").read_text())
     assert speed["updates_per_second"] == pytest.approx(0.4) and speed["measured_updates"] == 15
+    (tmp_path / "slower").mkdir()
     args.processes = SlowTraining(6.0)
     with pytest.raises(RunFailed, match="too slow to be measured in 80 s"):
-        runs.calibrate(args, model, tmp_path)
+        runs.calibrate(args, model, tmp_path / "slower", 1)
+
+
+def test_speeds_are_measured_in_rounds_and_the_fastest_counts(data, configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "machine", lambda processes: {})
+    model = recipes.load(configs / "good.yaml", data, [])
+    cases = [(model._replace(name=name), tmp_path / name) for name in "ab"]
+    for _, folder in cases:
+        folder.mkdir()
+    args = argparse.Namespace(calibration_seconds=10.0, calibration_rounds=2)
+    args.processes = SlowTraining(0.5, 0.1, 0.25, 0.2)
+    runs.measure_speeds(args, cases)
+    assert args.processes.titles == ["a", "b", "a", "b"]
+    speeds = [json.loads((folder / "speed.json").read_text()) for _, folder in cases]
+    assert [speed["of_rounds"] for speed in speeds] == [pytest.approx([2, 4]), [10, 5]]
+    assert [speed["updates_per_second"] for speed in speeds] == [4, 10]
+
+    # Only what is missing is measured again.
+    for name in ("speed.json", "calibration2.json"):
+        (tmp_path / "a" / name).unlink()
+    args.processes = SlowTraining(0.125)
+    runs.measure_speeds(args, cases)
+    assert args.processes.titles == ["a"]
+    assert json.loads((tmp_path / "a" / "speed.json").read_text())["of_rounds"] == [2, 8]
 
 
 def test_seeds_are_trained_through_a_launcher(data, configs, tmp_path, monkeypatch, capsys):
