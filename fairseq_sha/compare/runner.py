@@ -124,14 +124,8 @@ def seeds_of(args, model):
 
 def load(args):
     """Check the options and read the configs; UserError."""
-    numbers = (
-        *BUDGETS,
-        "calibration_seconds",
-        "calibration_rounds",
-        "eval_streams",
-        "parallel",
-        "trials",
-    )
+    numbers = ["calibration_seconds", "calibration_rounds", "eval_streams", "parallel", "trials"]
+    numbers += [prefix + kind for prefix in ("", "trial_") for kind in BUDGETS]
     for option in numbers:
         value = getattr(args, option)
         if value is not None and value <= 0:

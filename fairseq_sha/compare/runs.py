@@ -245,8 +245,10 @@ def result_of(model_folder, model, seed, updates, splits, here):
         )
     tokens, seconds = training.tokens_per_update, training.seconds_per_update
     speed = json.loads(read(model_folder / "speed.json") or "{}")
+    pace = None
     # Measured while nothing else ran; the run itself may have been on another machine.
     if speed and here and is_same_machine(speed.get("machine"), here):
+        pace = float(f"{1 / seconds / speed['updates_per_second']:.3g}")
         seconds = 1 / speed["updates_per_second"]
 
     flops = json.loads(read(model_folder / "flops.json") or "{}").get("training_flops_per_token")
@@ -261,6 +263,7 @@ def result_of(model_folder, model, seed, updates, splits, here):
         "bytes": round(updates * tokens * training.bytes_per_token),
         "training_seconds": float(f"{updates * seconds:.6g}"),
         "training_tokens_per_second": float(f"{tokens / seconds:.6g}"),
+        "pace": pace,
         "training_flops": flops and round(flops * updates * tokens),
         "peak_memory_mb": logs.read_peak(text),
         "device": gpu.group(1) if gpu else "CPU",

@@ -1,11 +1,12 @@
 """The results of a comparison: results.json, tables, pictures.
 
 A run is a dict: ``model``, ``seed``, ``parameters``, ``updates``, ``bytes`` (that it was trained
-on), ``training_seconds``, ``training_tokens_per_second``, ``training_flops`` (optional),
-``peak_memory_mb``, ``device``, ``machine``; for ``valid`` and ``test`` a dict of ``bits`` (per
-byte), ``tokens`` and ``tokens_per_second``, and from ``fairseq-sha evaluate`` also ``bytes``,
-``policy``, ``block_bits`` and others; ``train_curve`` and ``valid_curve``, lists of ``[update,
-bits]``; and in a comparison with tuning its ``recipe``, ``"paper"`` or ``"tuned"``.
+on), ``training_seconds``, ``training_tokens_per_second``, ``pace`` (its own speed, as a share of
+the one that was measured before; optional), ``training_flops`` (optional), ``peak_memory_mb``,
+``device``, ``machine``; for ``valid`` and ``test`` a dict of ``bits`` (per byte), ``tokens`` and
+``tokens_per_second``, and from ``fairseq-sha evaluate`` also ``bytes``, ``policy``, ``block_bits``
+and others; ``train_curve`` and ``valid_curve``, lists of ``[update, bits]``; and in a comparison
+with tuning its ``recipe``, ``"paper"`` or ``"tuned"``.
 """
 
 import json
@@ -437,6 +438,13 @@ def about_training(everything, machines):
         notes.append(
             "Training speeds and seconds were measured before, one model at a time; evaluation "
             "speeds were measured while other models ran."
+        )
+    paces = [run for run in everything["runs"] if run.get("pace")]
+    if paces:
+        slow, fast = (choose(paces, key=lambda run: run["pace"]) for choose in (min, max))
+        notes.append(
+            "Speeds within runs, as a share of those measured before, were between "
+            f"{slow['pace']:.2f} ({slow['model']}) and {fast['pace']:.2f} ({fast['model']})."
         )
     seeds = {}
     for run in everything["runs"]:

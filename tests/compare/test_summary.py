@@ -67,6 +67,13 @@ def test_times_of_two_machines_are_not_put_together():
     assert "Ran on slow, with seeds: a (2)." in notes
 
 
+def test_report_says_how_well_speeds_were_measured():
+    runs = [{**made_up(model, 1, 2.0), "pace": pace} for model, pace in (("a", 1.04), ("b", 0.9))]
+    runs.append(made_up("c", 1, 2.0))  # its speed was not measured before
+    assert with_note(report(runs)[2], "Speeds within runs").endswith("0.90 (b) and 1.04 (a).")
+    assert not any("Speeds within" in note for note in report(runs[2:])[2])
+
+
 def test_learning_curves_of_two_machines_are_in_two_panels():
     pytest.importorskip("matplotlib")
     runs = [made_up("a", 1, 2.0), made_up("a", 2, 3.0, cpu="slow"), made_up("b", 1, 2.6)]

@@ -285,6 +285,7 @@ def test_bad_space_file_is_one_line(folder, old, new, message):
         (["--seeds", "0"], "--seeds 0: is the seed of all trials"),
         (["--launcher", "basic"], "--space with --launcher"),
         (["--trials", "0"], "--trials 0: must be positive"),
+        (["--trial-seconds", "0"], "--trial-seconds 0: must be positive"),
         (["--parallel", "0"], "--parallel 0: must be positive"),
     ],
 )
@@ -318,6 +319,7 @@ def test_tuned_and_given_recipes_are_trained_on_fresh_seeds(folder):
         assert run["updates"] == 16
         # As measured alone, unless that was on another machine.
         assert (run["training_seconds"] == 2) == (run["recipe"] == "tuned")
+        assert (run["pace"] is not None) == (run["recipe"] == "tuned")
         assert run["machine"]["runs at once"] == 2
         assert len(run["valid_curve"]) == 4
     trials = results["tuning"]["models"]["good"]["trials"]
