@@ -36,11 +36,11 @@ class Score(NamedTuple):
         figures = [
             f"{self.nats / self.tokens:.4f} nats per token",
             f"{self.bits_per_byte:.4f} bits per byte",
-            f"perplexity {self.perplexity:,.3f} per token",
+            f"perplexity {_written(self.perplexity)} per token",
         ]
         counted = [f"{self.tokens:,} tokens", f"{self.bytes:,} bytes"]
         if self.words is not None:
-            figures.append(f"{self.perplexity_per_word:,.3f} per word")
+            figures.append(f"{_written(self.perplexity_per_word)} per word")
             counted.append(f"{self.words:,} words")
         return f"{', '.join(figures)} ({', '.join(counted)}; {self.policy})"
 
@@ -69,6 +69,11 @@ def _exp(value):
         return math.exp(value)
     except OverflowError:
         return math.inf
+
+
+def _written(perplexity):
+    """A perplexity as text. A text that a model finds impossible has one of a hundred digits."""
+    return f"{perplexity:,.3f}" if perplexity < 1e12 else f"{perplexity:.3e}"
 
 
 def token_losses(model, batch):

@@ -95,6 +95,9 @@ def test_score_says_its_policy_and_its_denominators():
     assert score.perplexity_per_word == pytest.approx(math.e**4)
     for part in ("50 tokens", "200 bytes", "25 words", "by hand", "2.0000 nats per token"):
         assert part in str(score)
+    assert "perplexity 7.389 per token, 54.598 per word" in str(score)
+    impossible = str(score._replace(nats=10_000.0))
+    assert "perplexity 7.226e+86 per token, 5.221e+173 per word" in impossible
     assert "state carried, 8 streams, segments of 64" == str(Carried(8, 64))
     assert "stride 5" in str(Sliding(1, 7, 5)) and "at least 7" in str(Sliding(1, 7, 5))
 
