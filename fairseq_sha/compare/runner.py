@@ -271,7 +271,8 @@ def print_commands(args, models):
         updates = known_updates(args.budget, model, folder)
         if updates is None:
             unit = "updates per second" if args.seconds else "updates per byte"
-            print(f"# UPDATES is the budget times the {unit} of this command:")
+            rounds = args.calibration_rounds
+            print(f"# UPDATES is the budget times the {unit} of this command, fastest of {rounds}:")
             print(shlex.join(recipes.calibration_command(folder, args.calibration_seconds)))
         if args.launcher:
             print(shlex.join(multirun_command(args, model, args.seeds, updates)))
