@@ -1,6 +1,7 @@
 """Files that appear when they are complete: written under another name, then renamed."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -73,3 +74,29 @@ def copy_atomically(source, destination):
     """Copy a file in one step, see :func:`unfinished`."""
     with unfinished(destination) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def try_lock(path):
+    """Lock a file among all processes and threads, without waiting.
+
+    Args:
+        path (str or Path): the file, which is made if it is missing; its folder must exist
+
+    Returns:
+        an open file that holds the lock until it is closed; None if another one has it
+    """
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock of a file, see :func:`try_lock`; wait for it."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

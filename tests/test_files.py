@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fairseq_sha.files import write_atomically
+from fairseq_sha.files import locked, try_lock, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, old):
     assert done.stdout == b"File too large\n", done.stderr
     assert os.listdir(tmp_path) == (["x"] if old else [])
     assert not old or (tmp_path / "x").read_bytes() == old
+
+
+def test_a_lock_is_held_against_threads_and_processes(tmp_path):
+    path = tmp_path / "lock"
+    script = f"from fairseq_sha.files import try_lock; print(try_lock({str(path)!r}) is None)"
+    command = [sys.executable, "-c", script]
+
+    def is_locked_elsewhere():
+        return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout == b"True\n"
+
+    with try_lock(path):
+        assert try_lock(path) is None and is_locked_elsewhere()
+    with locked(path):
+        assert try_lock(path) is None and is_locked_elsewhere()
+    assert not is_locked_elsewhere()

@@ -48,6 +48,20 @@ def load_model(args, allow_stock=False):
     return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides, allow_stock, collapse)
 
 
+def use_symbols_of_data(args):
+    """Take the symbols of a checkpoint that does not hold them from the data that are read.
+
+    Raises:
+        UserError: ``--data-bin`` names another folder
+    """
+    if args.data_bin and os.path.realpath(args.data_bin) != os.path.realpath(args.data):
+        raise UserError(
+            f"--data-bin {args.data_bin}: the symbols are those of {args.data}, which is read; "
+            "remove it"
+        )
+    args.data_bin = args.data
+
+
 def load_coder(args, threads=1):
     """The :class:`~fairseq_sha.packed_file.BlockCoder` of the model that
     :func:`add_model_arguments` names. A portable model needs neither torch nor fairseq.

@@ -35,6 +35,7 @@ from fairseq_sha.commands.common import (
     add_model_arguments,
     check_new,
     load_model,
+    use_symbols_of_data,
 )
 from fairseq_sha.commands.dynamic_options import (
     add_dynamic_arguments,
@@ -104,7 +105,7 @@ def run(args):
             "--fit-temperature: is fitted to weights that stay as they are; leave it or --dynamic "
             "out"
         )
-    args.data_bin = args.data_bin or args.data
+    use_symbols_of_data(args)
     trained = load_model(args, allow_stock=True)
     # What is wrong is found before hours of reading.
     policy_of(trained.task, args)

@@ -12,7 +12,12 @@ SHA-RNN of bytes with --cell lstm, sru or min_gru has an integer form.
 
 from pathlib import Path
 
-from fairseq_sha.commands.common import add_model_arguments, check_new, load_model
+from fairseq_sha.commands.common import (
+    add_model_arguments,
+    check_new,
+    load_model,
+    use_symbols_of_data,
+)
 from fairseq_sha.errors import UserError
 
 SUFFIX = ".shai"
@@ -47,7 +52,7 @@ def run(args):
     out = args.out or Path(args.path).with_suffix(SUFFIX)
     check_new([out])
     args.cpu = True
-    args.data_bin = args.data_bin or args.data
+    use_symbols_of_data(args)
     trained = load_model(args)
     from fairseq_sha.portable import PortableModel, convert, model
 

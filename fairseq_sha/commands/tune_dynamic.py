@@ -22,6 +22,7 @@ from fairseq_sha.commands.common import (
     add_model_arguments,
     check_new,
     load_model,
+    use_symbols_of_data,
 )
 from fairseq_sha.commands.dynamic_options import (
     SEGMENT,
@@ -73,7 +74,7 @@ def add_arguments(parser):
 def run(args):
     """Tune, score, and print."""
     check(args)
-    args.data_bin = args.data_bin or args.data
+    use_symbols_of_data(args)
     name = args.name or _name_of(args.path)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

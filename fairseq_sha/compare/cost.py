@@ -57,10 +57,14 @@ def within(runs):
 
 
 def between(runs):
-    """Curves through the ends of runs of one model, for each seed with runs of several lengths."""
+    """Curves through the ends of runs of one recipe, for each seed with runs of several budgets.
+
+    Args:
+        runs (list of tuple): budget and run
+    """
     seeds = {}
-    for run in sorted(runs, key=lambda run: run["updates"]):
-        seeds.setdefault(run["seed"], {})[run["updates"]] = run
+    for budget, run in sorted(runs, key=lambda pair: pair[1]["updates"]):
+        seeds.setdefault(run["seed"], {}).setdefault(budget, run)
     return [
         Curve(
             seed,

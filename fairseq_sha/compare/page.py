@@ -96,13 +96,14 @@ def write(folders, destination, reach=(), relative_to=None):
         if len({found["settings"]["budget"] for found in comparisons.values()}) > 1:
             joint.insert(0, joint_table(comparisons, rows))
         note = "Intervals, machines, versions and commands are given with each comparison below."
-        costs, notes = costs_between(list(rows.values()), reach, relative_to)
+        budgets = [found["settings"]["budget"] for found in comparisons.values()]
+        costs, notes = costs_between([*zip(budgets, rows.values())], reach, relative_to)
         sections.append(
             Section("All comparisons", "", [*joint, *costs], joint_drawn, [note, *notes])
         )
     for name, found in comparisons.items():
         tables, notes = summary.report(found, references[name])
-        costs, about_costs = costs_within(rows[name], reach, relative_to)
+        costs, about_costs = costs_within(rows[name], reach, references[name])
         tables, notes = [*tables, *costs], [*notes, *about_costs]
         command = found.get("command", "")
         sections.append(Section(name, command, tables, drawn.get(name, []), notes))
@@ -196,19 +197,30 @@ def costs_within(rows, reach, reference):
 
 
 def costs_between(comparisons, reach, reference):
-    """The same between the runs of several comparisons."""
-    runs = {}
-    for row in (row for rows in comparisons for row in rows):
-        runs.setdefault(row["model"], []).extend(row["runs"])
-    models = {name: (cost.between(found), found) for name, found in runs.items()}
-    reference = reference or summary.reference_row(comparisons[-1])["model"]
+    """The same between the runs of several comparisons, of which each is a budget and its rows. The
+    paper's recipe of a model and a tuned one are not lengths of one recipe."""
+    of_model = {}
+    for budget, rows in comparisons:
+        for row in rows:
+            of_recipe = of_model.setdefault(row["model"], {}).setdefault(row["recipe"], [])
+            of_recipe += [(budget, run) for run in row["runs"]]
+    models = {
+        name if len(recipes) == 1 else f"{name}, {recipe}": (
+            cost.between(runs),
+            [run for _, run in runs],
+        )
+        for name, recipes in of_model.items()
+        for recipe, runs in recipes.items()
+    }
+    reference = reference or summary.reference_row(comparisons[-1][1])["model"]
     return costs_of(models, reach, reference, cost.BETWEEN)
 
 
 def costs_of(models, reach, reference, where):
     """A table for each score; the sentences hold for all of them."""
     found = [cost.report(models, target, reference, where) for target in reach]
-    return [table for table, _ in found], found[0][1] if found else []
+    tables = [table for table, _ in found if table.rows]
+    return tables, found[0][1] if tables else []
 
 
 def as_markdown(title, sections):

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import yaml
@@ -27,18 +26,21 @@ from fairseq_sha.compare.runs import (
     is_trained,
     known_updates,
     measure_speeds,
+    sizes,
     train_and_evaluate,
     updates_of,
     write_json,
 )
 from fairseq_sha.compare.space import RELATIVE
 from fairseq_sha.errors import UserError
-from fairseq_sha.files import write_atomically
+from fairseq_sha.files import locked, try_lock, write_atomically
 
 
 def run(args):
     """Compare as the options of ``fairseq-sha compare`` say; returns the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         return compare(args)
     except KeyboardInterrupt:
@@ -61,22 +63,25 @@ def compare(args):
             return 0
         paper = [model._replace(variant="paper") for model in models]
         models = [*tuned.chosen(), *(paper if args.paper_seeds else [])]
+        if not models:
+            raise UserError(f"all trials of all models failed; see their logs in {tuned.folder}")
     settings = check_settings(args, models)
     if args.dry_run:
         print_commands(args, models)
         return 0
-    for model in models:
-        prepare(args.out / model.folder, model, settings[model.folder])
-
     failures = []
     updates = {}
-    cases = [(model, args.out / model.folder) for model in models]
-    if args.parallel == 1:  # runs side by side do not tell the speed
-        cases = [case for case in cases if known_updates(args.budget, *case) is None]
-    measure_speeds(args, cases)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out / "lock"):  # other processes may do some of the runs
+        for model in models:
+            prepare(args.out / model.folder, model, settings[model.folder])
+        cases = [(model, args.out / model.folder) for model in models]
+        if args.parallel == 1:  # runs side by side do not tell the speed
+            cases = [case for case in cases if known_updates(args.budget, *case) is None]
+        measure_speeds(args, cases)
     for model in models:
         try:
-            updates[model.folder] = updates_of(args, args.budget, model, args.out / model.folder)
+            updates[model.folder] = updates_of(args.budget, model, args.out / model.folder)
         except RunFailed as error:
             print(f"{model.title} {error}", flush=True)
             failures.append(f"{model.title} (calibration)")
@@ -90,25 +95,37 @@ def compare(args):
     runs = [(model, seed) for model in models for seed in seeds_of(args, model)]
     # The first seed of all models comes first, so that an unfinished comparison has all models.
     runs.sort(key=lambda run: seeds_of(args, run[0]).index(run[1]))
-    reporting = threading.Lock()
+    elsewhere = []
 
-    def job(number, model, seed):
+    def job(number, model, seed, wait=False):
         title = f"[{number}/{len(runs)}] {model.title}, seed {seed}"
         folder = args.out / model.folder
-        try:
-            train_and_evaluate(args, model, folder, seed, updates[model.folder], title)
-            with reporting:
-                report(args, runs, settings, tuned)
-        except RunFailed as error:
-            print(f"{title} {error}", flush=True)
-            failures.append(f"{model.title}, seed {seed}")
+        (folder / f"seed{seed}").mkdir(exist_ok=True)
+        while (lock := try_lock(folder / f"seed{seed}" / "lock")) is None:
+            if not wait:
+                elsewhere.append((number, model, seed))
+                return
+            if args.processes.stopping.wait(5):
+                return
+        with lock:
+            try:
+                train_and_evaluate(args, model, folder, seed, updates[model.folder], title)
+                with locked(args.out / "lock"):
+                    report(args, runs, settings, tuned)
+            except RunFailed as error:
+                print(f"{title} {error}", flush=True)
+                failures.append(f"{model.title}, seed {seed}")
 
     args.processes.run(
         functools.partial(job, number, model, seed)
         for number, (model, seed) in enumerate(runs, 1)
         if model.folder in updates
     )
-    drawn = report(args, runs, settings, tuned, rivals(args, runs))
+    # What another process was doing is awaited at the end, and done here if that process failed.
+    args.processes.run([functools.partial(job, *run, wait=True) for run in elsewhere])
+    compressed = rivals(args, runs)
+    with locked(args.out / "lock"):
+        drawn = report(args, runs, settings, tuned, compressed)
     print(read(args.out / "table.md"))
     if not drawn:
         print("no pictures: matplotlib is missing; pip install 'fairseq-sha[plots]' and repeat")
@@ -137,7 +154,11 @@ def load(args):
         raise UserError(f"{recipes.TOOLS} has no fairseq-hydra-train; use the Python beside it")
     args.data, args.out = args.data and from_here(args.data), from_here(args.out)
     args.seeds = list(dict.fromkeys(args.seeds))
-    args.paper_seeds = args.seeds if args.paper_seeds is None else args.paper_seeds
+    if not args.seeds and not args.space:
+        raise UserError("--seeds: name at least one, or tune with --space")
+    args.paper_seeds = list(
+        dict.fromkeys(args.seeds if args.paper_seeds is None else args.paper_seeds)
+    )
     args.budget = budget_of(args)
     if args.rivals != ["none"]:
         compressors.chosen(args.rivals)
@@ -224,9 +245,8 @@ def check_settings(args, models):
     settings = {}
     for model in models:
         config = {key: value for key, value in model.config.items() if key != "hydra"}
-        data = Path(config["task"]["data"])
-        size = {s: (data / f"{s}.bin").stat().st_size for s in ("train", *SPLITS)}
-        content = {**common, "data": str(data), "size": size, "config": config}
+        content = {**common, "data": str(Path(config["task"]["data"])), "size": sizes(config)}
+        content["config"] = config
         content["evaluation"] = model.evaluation
         settings[model.folder] = json.loads(json.dumps(content))
         folder = args.out / model.folder
@@ -336,14 +356,23 @@ def rivals(args, runs):
     absent = compressors.missing(args.rivals)
     if absent:
         print(absent)
-    seen = [run["bytes"] for run in sorted(results, key=lambda run: run["test"]["bits"])[:1]]
+    best = min(results, key=lambda run: summary.by_bits(run["test"]["bits"]), default=None)
+    seen, streams = [], 1
+    if best is not None:
+        seen = [best["bytes"]]
+        model = next(
+            model
+            for model, _ in runs
+            if (model.name, model.variant or None) == (best["model"], best.get("recipe"))
+        )
+        streams = recipes.lookup(model.config, "dataset.batch_size", 1)
     return compressors.rows(
         train,
         test,
         primed_with=[0, *seen, len(train)],
         cache=args.out / "rivals.json",
         only=args.rivals,
-        streams=recipes.lookup(runs[0][0].config, "dataset.batch_size", 1),
+        streams=streams,
         progress=lambda line: print(line, flush=True),
     )
 

@@ -1,6 +1,5 @@
 """One run of a comparison: how long it is, what it takes, what it leaves."""
 
-import contextlib
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from fairseq_sha.files import write_atomically
 
 BUDGETS = ("seconds", "updates", "bytes")
 SPLITS = ("valid", "test")
+CALIBRATION_LOG = "calibration.log"
 #: How much longer a slow model may be measured.
 LONGER = (1, 2, 4, 8)
 
@@ -54,6 +54,12 @@ def changed(folder, settings):
     }
 
 
+def sizes(config):
+    """The size of each split of a config's data, which tells whether the data have changed."""
+    data = Path(config["task"]["data"])
+    return {split: (data / f"{split}.bin").stat().st_size for split in ("train", *SPLITS)}
+
+
 def flat(content, prefix=""):
     """Nested dicts as one dict, with keys such as ``config.optimization.lr``."""
     out = {}
@@ -67,17 +73,12 @@ def write_json(path, content):
     write_atomically(path, json.dumps(content, ensure_ascii=False) + "\n")
 
 
-def updates_of(args, budget, model, folder):
-    """The number of updates that a model's budget allows, at least 1. The model's speed is measured
-    if that is needed and was not done yet; RunFailed.
-
-    folder: has the model's recipe.yaml
-    """
+def updates_of(budget, model, folder):
+    """The number of updates that a model's budget allows, at least 1; RunFailed if that depends on
+    a speed that could not be measured."""
     updates = known_updates(budget, model, folder)
     if updates is None:
-        for number in range(1, args.calibration_rounds + 1):
-            calibrate(args, model, folder, number)
-        updates = known_updates(budget, model, folder)
+        raise RunFailed(f"has no speed; see {folder / CALIBRATION_LOG}")
     return updates
 
 
@@ -100,16 +101,19 @@ def known_updates(budget, model, folder):
 
 def measure_speeds(args, cases):
     """Measure the speeds that are not known yet, in rounds through all models: what slows the
-    machine for a while must not slow a few of them only. A failure is left to whoever needs the
-    speed.
+    machine for a while must not slow a few of them only. A failure is printed, and
+    :func:`updates_of` fails.
 
     cases: pairs of a model and its folder, which has its recipe.yaml
     """
     cases = [case for case in cases if not (case[1] / "speed.json").is_file()]
     for number in range(1, args.calibration_rounds + 1):
-        for model, folder in cases:
-            with contextlib.suppress(RunFailed):
-                calibrate(args, model, folder, number)
+        for case in list(cases):
+            try:
+                calibrate(args, *case, number)
+            except RunFailed as error:
+                print(f"{case[0].title} {error}", flush=True)
+                cases.remove(case)
 
 
 def calibrate(args, model, folder, number):
@@ -131,7 +135,7 @@ def calibrate(args, model, folder, number):
 
 def measured_speed(args, model, folder):
     """What ``speed.json`` says, measured once; RunFailed."""
-    log = folder / "calibration.log"
+    log = folder / CALIBRATION_LOG
     for factor in LONGER:
         if log.exists():
             log.unlink()

@@ -124,6 +124,8 @@ class Space(NamedTuple):
                 out[setting.name] = _rounded(model.config["lr_scheduler"][key] / updates)
             elif field:
                 value = recipes.lookup(model.config, field)
+                if isinstance(value, list) and setting.kind in ("log", "range"):
+                    value = value[0]
                 out[setting.name] = 1 if setting.kind in RELATIVE else value
         return out
 
@@ -224,6 +226,8 @@ def _set(config, field, value, multiply):
         value = [v * value for v in old] if isinstance(old, list) else old * value
         # A count stays one.
         value = max(1, round(value)) if isinstance(old, int) else value
+    elif isinstance(config[key], list) and not isinstance(value, list):
+        value = [value for _ in config[key]]  # such as the learning rate of each epoch
     config[key] = value
 
 

@@ -10,6 +10,7 @@ with tuning its ``recipe``, ``"paper"`` or ``"tuned"``.
 """
 
 import json
+import math
 from typing import List, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from fairseq_sha.files import write_atomically
 
 # Bytes of test may differ by this share: some tasks do not score the first symbol.
 SAME_TEXT = 0.001
+# A bootstrap of fewer blocks covers far less than it says.
+MIN_BLOCKS = 10
 DAGGER = "†"  # marks intervals without the spread between seeds
 
 
@@ -108,6 +111,7 @@ def score(runs):
     return {
         "seeds": sorted(run["seed"] for run in runs),
         "bits": mean(run["test"]["bits"] for run in runs),
+        "blocks": len(runs[0]["test"].get("block_bits") or []),
         "interval": None
         if bits is None
         else intervals.interval(
@@ -117,9 +121,10 @@ def score(runs):
 
 
 def blocks(runs):
-    """Bits of each seed and block of test, None if they are not known."""
+    """Bits of each seed and block of test; None if they are not known, or too few to be drawn
+    from."""
     bits = [run["test"].get("block_bits") for run in runs]
-    if None in bits or len({len(seed) for seed in bits}) > 1:
+    if None in bits or len({len(seed) for seed in bits}) > 1 or len(bits[0]) < MIN_BLOCKS:
         return None
     return np.array(bits, float)
 
@@ -249,7 +254,7 @@ def main_table(rows, rivals, machines, reference=None, title=""):
         cells = dict.fromkeys(header, "–")
         cells["model"] = rival_name(rival)
         cells["tuned" if tuned else "bits per byte, test"] = f"{rival['bits']:.3f}"
-        if rows:
+        if rows and math.isfinite(reference_row(rows)["bits"]):
             cells[to_reference] = f"{rival['bits'] - reference_row(rows)['bits']:+.3f}"
         cells["bytes seen"] = f"{rival['primed_with']:,}"
         lines.append((rival["bits"], list(cells.values())))
@@ -397,9 +402,13 @@ def about_bits(rows, rivals):
             f"{DAGGER} covers blocks of text only, not what another seed would change, since there "
             f"is one seed{of}. Ranks do not cover it either."
         )
-    without = names(model for model, found in scores if found["interval"] is None)
-    if without:
-        notes.append(f"No interval, because bits of blocks were not saved: {without}.")
+    without = [(model, found) for model, found in scores if found["interval"] is None]
+    unsaved = names(model for model, found in without if not found["blocks"])
+    if unsaved:
+        notes.append(f"No interval, because bits of blocks were not saved: {unsaved}.")
+    few = names(model for model, found in without if found["blocks"])
+    if few:
+        notes.append(f"No interval, because the text has less than {MIN_BLOCKS} blocks: {few}.")
     diverged = names(model for model, found in scores if found["bits"] != found["bits"])
     if diverged:
         notes.append(f"Diverged in at least one seed: {diverged}.")
@@ -434,10 +443,15 @@ def about_training(everything, machines):
         "updates times the median time of an update, without validation and checkpoints.",
         "Memory is the main memory of the training process.",
     ]
-    if any((run.get("machine") or {}).get("runs at once") for run in everything["runs"]):
+    beside = [run for run in everything["runs"] if (run.get("machine") or {}).get("runs at once")]
+    if beside:
+        # Results of before paces were saved do not tell.
+        alone = [run for run in beside if run.get("pace", True)]
+        names = {run["model"] for run in beside} - {run["model"] for run in alone}
+        but = f", except those of {', '.join(sorted(names))}" if names else ""
         notes.append(
-            "Training speeds and seconds were measured before, one model at a time; evaluation "
-            "speeds were measured while other models ran."
+            f"Training speeds and seconds were measured before, one model at a time{but}; "
+            "evaluation speeds were measured while other models ran."
         )
     paces = [run for run in everything["runs"] if run.get("pace")]
     if paces:

@@ -5,12 +5,9 @@ Sobol sequence in a unit cube, the same for all models; a space file says what e
 the cube means. Choice is by valid alone. See ``examples/head_to_head/README.md``.
 """
 
-import contextlib
-import fcntl
 import json
 import math
 import shutil
-import threading
 
 import yaml
 
@@ -20,7 +17,7 @@ from fairseq_sha.compare.logs import read
 from fairseq_sha.compare.processes import RunFailed
 from fairseq_sha.compare.space import OCTAVE, WIDENINGS, Space, has_field, sobol
 from fairseq_sha.errors import UserError
-from fairseq_sha.files import write_atomically
+from fairseq_sha.files import locked, try_lock, write_atomically
 
 SEED = 0  # of all trials; the final stage has other seeds
 
@@ -63,9 +60,8 @@ class Tuning:
             if changes:
                 raise UserError(
                     f"{path.parent} has trials of another {', '.join(changes.values())}; choose "
-                    "another --tuning, or remove it"
+                    f"another --tuning, or remove {self.folder}"
                 )
-        self.guard = threading.Lock()
         self.storage, self.studies = None, {}
 
     def __str__(self):
@@ -85,6 +81,7 @@ class Tuning:
                 "budget": str(self.budget),
                 "eval_streams": self.args.eval_streams,
                 "space": {**space, "own": own},
+                "size": runs.sizes(config),
                 "config": config,
                 "evaluation": model.evaluation,
             }
@@ -93,10 +90,17 @@ class Tuning:
     def run(self):
         """Do all trials that are not done yet; other processes may do some of them."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for model in self.models.values():
-            (self.folder / model.name).mkdir(exist_ok=True)
-            runs.write_json(self.folder / model.name / "settings.json", self.settings[model.name])
-        points = self.points()
+        with self.locked():
+            for name, settings in self.settings.items():
+                path = self.folder / name / "settings.json"
+                if not path.is_file() and self.study(name).get_trials(deepcopy=False):
+                    raise UserError(
+                        f"{self.folder} has trials of {name}, and {path} is missing, which says "
+                        f"what they are of; remove {self.folder}"
+                    )
+                path.parent.mkdir(exist_ok=True)
+                runs.write_json(path, settings)
+            points = self.points()
         while points:
             self.measure_speeds(points)
             self.args.processes.run([self.work] * self.args.parallel)
@@ -105,31 +109,31 @@ class Tuning:
         self.write_chosen()
 
     def points(self):
-        """All trials as points (None is the recipe). Those that are new are enqueued."""
-        with self.locked():
-            widenings = json.loads(read(self.folder / "widenings.json") or "[]")
-            if widenings and widenings[0]["after"] != self.args.trials:
-                raise UserError(
-                    f"{self.folder}: the space was widened after {widenings[0]['after']} trials; "
-                    "keep that number, or choose another --tuning"
-                )
-            more = sum(widening["trials"] for widening in widenings)
-            points = sobol(self.space, self.args.trials + more)
-            position, octaves = self.args.trials, {}
-            settings = {setting.name: setting for setting in self.space.settings}
-            for widening in widenings:
-                name, side = widening["setting"], widening["side"]
-                low, high = settings[name].values
-                octave = math.log(OCTAVE) / math.log(high / low)
-                reached = octaves.get((name, side), 0)
-                octaves[name, side] = reached + 1
-                for point in points[position : position + widening["trials"]]:
-                    beyond = (reached + point[name]) * octave
-                    point[name] = 1 + beyond if side > 0 else -beyond
-                position += widening["trials"]
-            points = [None, *points]
-            for name in self.models:
-                self.enqueue(name, points)
+        """All trials as points (None is the recipe). Those that are new are enqueued. For the
+        holder of the lock."""
+        widenings = json.loads(read(self.folder / "widenings.json") or "[]")
+        if widenings and widenings[0]["after"] != self.args.trials:
+            raise UserError(
+                f"{self.folder}: the space was widened after {widenings[0]['after']} trials; "
+                "keep that number, or choose another --tuning"
+            )
+        more = sum(widening["trials"] for widening in widenings)
+        points = sobol(self.space, self.args.trials + more)
+        position, octaves = self.args.trials, {}
+        settings = {setting.name: setting for setting in self.space.settings}
+        for widening in widenings:
+            name, side = widening["setting"], widening["side"]
+            low, high = settings[name].values
+            octave = math.log(OCTAVE) / math.log(high / low)
+            reached = octaves.get((name, side), 0)
+            octaves[name, side] = reached + 1
+            for point in points[position : position + widening["trials"]]:
+                beyond = (reached + point[name]) * octave
+                point[name] = 1 + beyond if side > 0 else -beyond
+            position += widening["trials"]
+        points = [None, *points]
+        for name in self.models:
+            self.enqueue(name, points)
         return points
 
     def enqueue(self, name, points):
@@ -137,7 +141,13 @@ class Tuning:
         import optuna
 
         study, model = self.study(name), self.models[name]
-        for point in points[len(study.get_trials(deepcopy=False)) :]:
+        done = len(study.get_trials(deepcopy=False))
+        if done > len(points):
+            raise UserError(
+                f"--trials {self.args.trials}: {self.folder} has {done - 1} trials of {name}; give "
+                "that number, so that all models have as many, or choose another --tuning"
+            )
+        for point in points[done:]:
             values = self.trial(name, point)[1]
             distributions = self.space.distributions(model)
             study.add_trial(
@@ -172,29 +182,29 @@ class Tuning:
             )
         return self.studies[name]
 
-    @contextlib.contextmanager
     def locked(self):
-        """Alone among all threads and processes."""
-        with self.guard, open(self.folder / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        """Alone among all threads and processes, until the end of a ``with`` block."""
+        return locked(self.folder / "lock")
 
     def measure_speeds(self, points):
-        """Measure the speed of each model at each point, if the budget needs it."""
-        cases = {}
-        for name in self.models:
-            for point in points:
-                model, folder = self.speed_case(*self.trial(name, point))
-                if runs.known_updates(self.budget, model, folder) is None:
-                    cases.setdefault(folder, model)
-        runs.measure_speeds(self.args, [(model, folder) for folder, model in cases.items()])
+        """Measure the speed of each model at each point, if the budget needs it, while no other
+        process does."""
+        with locked(self.folder / "speeds.lock"):
+            cases = {}
+            for name in self.models:
+                for point in points:
+                    model, values = self.trial(name, point)
+                    folder = self.speed_folder(model, values)
+                    if runs.known_updates(self.budget, model, folder) is None:
+                        cases.setdefault(folder, model)
+            for folder, model in cases.items():
+                folder.mkdir(exist_ok=True)
+                write_recipe(folder, model)
+            runs.measure_speeds(self.args, [(model, folder) for folder, model in cases.items()])
 
-    def speed_case(self, model, values):
-        """A model, and the folder of all its trials that have the same speed."""
-        folder = self.folder / model.name / f"speed-{self.space.speed_key(model, values)}"
-        folder.mkdir(exist_ok=True)
-        write_recipe(folder, model)
-        return model, folder
+    def speed_folder(self, model, values):
+        """The folder of all trials of a model that have the same speed."""
+        return self.folder / model.name / f"speed-{self.space.speed_key(model, values)}"
 
     def work(self):
         """Do trials until all are taken. The first trials of all models come first."""
@@ -221,11 +231,8 @@ class Tuning:
             for number, name in sorted(candidates):
                 folder = self.folder / name / f"trial{number}"
                 folder.mkdir(exist_ok=True)
-                lock = open(folder / "lock", "w")
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    lock.close()
+                lock = try_lock(folder / "lock")
+                if lock is None:
                     continue
                 study = self.study(name)
                 trial = study.get_trials(deepcopy=False)[number]
@@ -247,7 +254,7 @@ class Tuning:
         write_recipe(folder, model)
         title = f"{name}, trial {number}"
         try:
-            updates = runs.updates_of(self.args, self.budget, *self.speed_case(model, values))
+            updates = runs.updates_of(self.budget, model, self.speed_folder(model, values))
             result = runs.train_and_evaluate(
                 self.args, model, folder, SEED, updates, title, splits=("valid",), validate=False
             )
@@ -316,22 +323,27 @@ class Tuning:
 
     def widened(self):
         """If the best trial of a model is at a border, enqueue further trials of all models beyond
-        it, by an octave; returns all points then, else None."""
+        it, by an octave; returns all points then, or if another process has done that, else
+        None."""
         path = self.folder / "widenings.json"
         with self.locked():
+            if self.unfinished():
+                return self.points()
             done = json.loads(read(path) or "[]")
             if len(done) >= WIDENINGS:
                 return None
             borders = [border for name in self.models for border in self.borders(name).items()]
             if not borders:
                 return None
-            name, side = max(set(borders), key=borders.count)
+            # Of several with as many models, the first: the same in each process.
+            name, side = max(dict.fromkeys(borders), key=borders.count)
             more = -(-self.args.trials // 4)
             after = self.args.trials
             done.append({"setting": name, "side": side, "trials": more, "after": after})
             runs.write_json(path, done)
+            points = self.points()
         print(f"the best {name} of a model is at the border: {more} more trials of all", flush=True)
-        return self.points()
+        return points
 
     def results(self):
         """What results.json says of the tuning."""

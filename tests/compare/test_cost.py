@@ -64,10 +64,11 @@ def test_ratio_pairs_models_by_seed():
 def write(tmp_path):
     """Writes runs as a comparison; returns the folder."""
 
-    def write(runs, name="out"):
+    def write(runs, name="out", budget=None):
         folder = tmp_path / name
         folder.mkdir()
         found = {**comparison(tuned=False, rivals=False), "runs": runs}
+        found["settings"]["budget"] = budget or f"{runs[0]['updates']} updates"
         summary.write_results(folder / "results.json", found)
         return folder
 
@@ -131,6 +132,28 @@ def test_report_of_several_lengths_reads_whole_runs(write, tmp_path):
     assert "whole runs of several lengths" in joint
     table = cells_of(text.split("## long")[1], "Cost to reach 2 bits per byte on valid")
     assert table["a"]["updates"].startswith("788 (2.00")
+
+
+def test_only_budgets_of_one_recipe_are_lengths(write, tmp_path):
+    """A tuned recipe and the paper's are not, nor are two comparisons of one budget."""
+    speeds = {"a": 1, "b": 2}
+    short, long = runs_of(speeds, updates=250), runs_of(speeds, updates=1000)
+    for found in long[:2]:
+        found["recipe"] = "tuned"
+    text = report(tmp_path, write(short, "short"), write(long, "long"), "--reach", "1.2")
+    joint = text.split("## short")[0]
+    assert list(cells_of(joint, "Cost to reach 1.2 bits per byte on valid")) == ["b"]
+
+    again = write(runs_of(speeds, updates=253), "again", budget="250 updates")
+    text = report(tmp_path, tmp_path / "short", again, "--reach", "1.2")
+    assert "Cost to reach" not in text.split("## short")[0]
+
+
+def test_costs_within_a_comparison_without_the_baseline_are_relative_to_its_best(write, tmp_path):
+    folders = write(runs_of({"a": 1, "b": 2}), "one"), write(runs_of({"b": 2, "c": 3}), "two")
+    text = report(tmp_path, *folders, "--reach", "1", "--relative-to", "a")
+    table = cells_of(text.split("## two")[1], "Cost to reach 1 bits per byte on valid")
+    assert "(1.50 [" in table["b"]["updates"] and "(" not in table["c"]["updates"]
 
 
 def test_unknown_costs_are_not_made_up(write, tmp_path):

@@ -74,6 +74,24 @@ def test_report_says_how_well_speeds_were_measured():
     assert not any("Speeds within" in note for note in report(runs[2:])[2])
 
 
+def test_report_says_which_speeds_were_not_measured_alone():
+    runs = [{**made_up(model, 1, 2.0), "pace": pace} for model, pace in (("a", 1.0), ("b", None))]
+    for found in runs:
+        found["machine"]["runs at once"] = 2
+    note = with_note(report(runs)[2], "Training speeds")
+    assert "measured before, one model at a time, except those of b; evaluation" in note
+    assert "one model at a time; evaluation" in with_note(report(runs[:1])[2], "Training speeds")
+    del runs[1]["pace"]  # from before it was saved
+    assert "one model at a time; evaluation" in with_note(report(runs)[2], "Training speeds")
+
+
+def test_compressors_have_no_difference_to_a_model_that_diverged():
+    rivals = [{"name": "xz", "primed_with": 0, "bits": 2.5, "seconds": 1.0, "version": "1"}]
+    rows, *_ = report([made_up("a", 1, float("nan")), made_up("b", 1, float("nan"))], rivals=rivals)
+    assert rows["xz, alone"]["bits per byte, test"] == "2.500"
+    assert not any("nan" in cell for cell in rows["xz, alone"].values())
+
+
 def test_learning_curves_of_two_machines_are_in_two_panels():
     pytest.importorskip("matplotlib")
     runs = [made_up("a", 1, 2.0), made_up("a", 2, 3.0, cpu="slow"), made_up("b", 1, 2.6)]

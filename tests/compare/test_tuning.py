@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def make(folder, *options, configs=("good", "other")):
+def make(folder, *options, configs=("good", "other"), budget=("--updates", 40)):
     """A tuning, from the options of ``fairseq-sha compare``."""
     from fairseq_sha.commands import parse
 
-    words = ["compare", "--data", folder / "data", "--out", folder / "out", "--updates", 40]
+    words = ["compare", "--data", folder / "data", "--out", folder / "out", *budget]
     words += ["--configs", *(folder / f"{name}.yaml" for name in configs)]
     words += ["--space", folder / "space.yaml", *options]
     args = parse([str(word) for word in words])
@@ -249,6 +250,96 @@ def test_trials_of_other_settings_are_not_mixed(folder, bits_of):
         make(folder, configs=["good"])
 
 
+def test_trials_without_their_settings_are_not_taken_for_others(folder, bits_of):
+    bits_of(lambda model: abs(model.config["optimization"]["lr"][0] - 0.01))
+    make(folder, "--trials", 3, configs=["good"]).run()
+    other = make(folder, "--trials", 3, "--trial-updates", 40, configs=["good"])
+    (folder / "data" / "valid.bin").write_bytes((folder / "data" / "valid.bin").read_bytes() * 2)
+    with pytest.raises(UserError) as error:
+        make(folder, "--trials", 3, configs=["good"])
+    assert "another size.valid (was" in str(error.value)
+    assert str(error.value).endswith(f"or remove {other.folder}")
+    (other.folder / "good" / "settings.json").unlink()
+    with pytest.raises(UserError, match="settings.json is missing.*; remove"):
+        make(folder, "--trials", 3, configs=["good"]).run()
+
+
+def test_all_models_have_as_many_trials(folder, bits_of):
+    bits_of(lambda model: abs(model.config["optimization"]["lr"][0] - 0.01))
+    make(folder, "--trials", 3, configs=["good"]).run()
+    with pytest.raises(UserError, match="--trials 2: .* has 3 trials of good; give that number"):
+        make(folder, "--trials", 2).run()
+
+
+def test_many_workers_on_one_model(folder, bits_of):
+    """They begin at the same moment, and share a folder for the speed."""
+    done = bits_of(lambda model: abs(model.config["optimization"]["lr"][0] - 0.01))
+    space = SPACE.replace(", speed: true", "")
+    (folder / "space.yaml").write_text(space)
+    tuned = make(folder, "--trials", 15, "--parallel", 8, configs=["good"])
+    tuned.run()
+    assert sorted(done) == sorted(f"good, trial {n}" for n in range(16))
+    assert all("failure" not in trial for trial in tuned.trials("good"))
+
+
+def test_two_processes_measure_each_speed_once(folder, monkeypatch):
+    """The second one waits for the first."""
+    measured, threads = [], []
+    both = [make(folder, configs=["good"], budget=("--seconds", 9)) for _ in range(2)]
+
+    def measured_speed(args, model, path):
+        if not threads:
+            threads.append(threading.Thread(target=both[1].measure_speeds, args=[[None]]))
+            threads[0].start()
+            time.sleep(0.2)
+        measured.append(path.name)
+        return {"updates_per_second": 2, "bytes_per_token": 1}
+
+    monkeypatch.setattr(runs, "measured_speed", measured_speed)
+    (both[0].folder / "good").mkdir(parents=True)
+    both[0].measure_speeds([None])
+    threads[0].join()
+    assert measured == ["speed-streams-1_window-60"] * 2  # two rounds
+
+
+def test_a_border_widens_the_space_once(folder, bits_of, monkeypatch):
+    """Another process that has seen the same trials does the new ones."""
+    bits_of(lambda model: 1 / model.config["optimization"]["lr"][0])
+    tuned, other = (make(folder, "--trials", 4) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "WIDENINGS", 0)
+        tuned.run()
+    assert len(tuned.widened()) == 1 + 4 + 1
+    assert len(other.widened()) == 1 + 4 + 1 and other.unfinished() == 2
+    assert len(json.loads((tuned.folder / "widenings.json").read_text())) == 1
+
+
+def test_of_two_borders_the_first_is_widened(folder, bits_of):
+    """The order must not be that of a set, which differs between processes."""
+
+    def bits(model):
+        lr = model.config["optimization"]["lr"][0]
+        return 1 / lr if "window" in model.config["model"] else lr
+
+    bits_of(bits)
+    make(folder, "--trials", 4).run()
+    widenings = json.loads((folder / "out" / "tuning" / "widenings.json").read_text())
+    assert [widening["side"] for widening in widenings] == [1, 1]
+
+
+def test_an_absolute_learning_rate(folder, bits_of):
+    """A config has a list of them, one for each epoch."""
+    space = SPACE.replace("factor: [0.1, 10]", "log: [0.002, 0.02]")
+    (folder / "space.yaml").write_text(space)
+    bits_of(lambda model: abs(model.config["optimization"]["lr"][0] - 0.01))
+    tuned = make(folder, "--trials", 3, configs=["good"])
+    tuned.run()
+    for trial in tuned.trials("good"):
+        assert 0.002 <= trial["settings"]["lr"] <= 0.02
+    (chosen,) = tuned.chosen()
+    assert chosen.config["optimization"]["lr"] == [pytest.approx(0.01)]
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
@@ -287,6 +378,7 @@ def test_bad_space_file_is_one_line(folder, old, new, message):
         (["--trials", "0"], "--trials 0: must be positive"),
         (["--trial-seconds", "0"], "--trial-seconds 0: must be positive"),
         (["--parallel", "0"], "--parallel 0: must be positive"),
+        (["--seeds", "1", "--paper-seeds", "0", "0"], "--seeds 0: is the seed of all trials"),
     ],
 )
 def test_bad_options_are_one_line(folder, options, message):

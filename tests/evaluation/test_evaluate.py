@@ -8,6 +8,7 @@ import torch
 from fairseq.models import FairseqLanguageModel
 from torch import nn
 
+from fairseq_sha.commands import main
 from fairseq_sha.data.codecs import ByteCodec, WordCodec
 from fairseq_sha.evaluation.evaluate import Score, evaluate
 from fairseq_sha.evaluation.policies import Carried, Sliding
@@ -110,3 +111,15 @@ def test_words_count_the_bytes_of_the_text():
     score, _ = evaluate(model(codec, Summing()), text, "test", codec, Carried(1, 2))
     assert score.tokens == 4 and score.words == 4
     assert score.bytes == int(codec.bytes_per_token()[text.tokens[1:]].sum())
+
+
+@pytest.mark.parametrize(
+    "words", [["evaluate"], ["tune-dynamic", "--dynamic=sgd"], ["quantize", "--data"]]
+)
+def test_symbols_are_those_of_the_data_that_are_read(tmp_path, capsys, words):
+    """Otherwise the text of --data-bin would be read in place of DATA."""
+    (tmp_path / "data").mkdir()
+    assert (
+        main([*words, str(tmp_path / "data"), "--path", "x.pt", "--data-bin", str(tmp_path)]) == 1
+    )
+    assert f"--data-bin {tmp_path}: the symbols are those of" in capsys.readouterr().err
