@@ -164,6 +164,8 @@ def begin_run(log_file=None):
     """
     ask_the_task_before_each_epoch()
     ask_the_task_about_checkpoints()
+    tell_the_task_of_each_attempt()
+    save_all_of_amp()
     forget_earlier_runs(log_file)
 
 
@@ -250,6 +252,51 @@ def ask_the_task_about_checkpoints():
 
     load_and_check.__wrapped_by_fairseq_sha__ = True
     Trainer.load_checkpoint = load_and_check
+
+
+def tell_the_task_of_each_attempt():
+    """After a batch that overflows under ``--fp16`` or runs out of memory, fairseq leaves out the
+    rest of the update without a word. A task that has ``begin_attempt`` is told of the next one."""
+    from fairseq.trainer import Trainer
+
+    train_step = Trainer.train_step
+    if hasattr(train_step, "__wrapped_by_fairseq_sha__"):
+        return
+
+    @functools.wraps(train_step)
+    def begin_and_train(self, *args, **kwargs):
+        begin = getattr(self.task, "begin_attempt", None)
+        if begin is not None:
+            begin()
+        return train_step(self, *args, **kwargs)
+
+    begin_and_train.__wrapped_by_fairseq_sha__ = True
+    Trainer.train_step = begin_and_train
+
+
+def save_all_of_amp():
+    """fairseq's wrapper of optimisers under ``--amp`` loads their state past them, so that they
+    cannot keep the settings of the config, and does not save its loss scale."""
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+
+    if hasattr(AMPOptimizer.state_dict, "__wrapped_by_fairseq_sha__"):
+        return
+
+    @functools.wraps(AMPOptimizer.state_dict)
+    def state_dict(self):
+        return {**self.fp32_optimizer.state_dict(), "grad_scaler": self.scaler.state_dict()}
+
+    @functools.wraps(AMPOptimizer.load_state_dict)
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        state_dict = dict(state_dict)
+        saved, own = state_dict.pop("grad_scaler", None), self.scaler.state_dict()
+        self.fp32_optimizer.load_state_dict(state_dict, optimizer_overrides)
+        if saved and own:  # both are empty without a GPU
+            kept = {key: saved[key] for key in ("scale", "_growth_tracker")}
+            self.scaler.load_state_dict({**own, **kept})
+
+    state_dict.__wrapped_by_fairseq_sha__ = True
+    AMPOptimizer.state_dict, AMPOptimizer.load_state_dict = state_dict, load_state_dict
 
 
 def _training_modules():

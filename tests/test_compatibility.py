@@ -17,10 +17,14 @@ from fairseq import checkpoint_utils, utils
 from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
 from fairseq.models import register_model
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 
 from fairseq_sha import UserError, compatibility
 from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.models.sha_rnn import SHARNNLayer
+from fairseq_sha.optim.radam import FairseqRAdam, RAdamConfig
 from fairseq_sha.tasks.segment_language_modeling import SegmentLanguageModelingTask
 from tests.commands import REPOSITORY, command, hydra_train, logged_losses
 from tests.options import SHA_RNN
@@ -401,3 +405,49 @@ def test_training_goes_on_from_the_state_before_a_batch_that_ran_out_of_memory(
     log = in_process("train", monkeypatch, caplog, data, *options.split())
     assert "segments 4 to 4 of epoch 1 were lost" in log
     assert len(calls) == 9 and calls[0] is False and all(calls[1:])
+
+
+def under_amp(scale, **settings):
+    """RAdam in fairseq's wrapper for ``--amp``. Without a GPU, fairseq's own scaler is off."""
+    cfg = OmegaConf.structured(RAdamConfig(**{"lr": [0.1], **settings}))
+    optimizer = AMPOptimizer.__new__(AMPOptimizer)
+    optimizer.fp32_optimizer = FairseqRAdam(cfg, [torch.nn.Parameter(torch.ones(2))])
+    optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
+    return optimizer
+
+
+def test_resumed_run_with_amp_keeps_its_loss_scale_and_takes_settings_from_its_config():
+    compatibility.begin_run()
+    saved = under_amp(512.0, weight_decay=0.2).state_dict()
+    resumed = under_amp(128.0, weight_decay=0.1, radam_eps=1e-6)
+    AMPOptimizer.load_state_dict.__wrapped__(resumed, saved)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.2
+    assert "grad_scaler" not in AMPOptimizer.state_dict.__wrapped__(resumed)
+
+    resumed.load_state_dict(saved)
+    (group,) = resumed.optimizer.param_groups
+    assert group["weight_decay"] == 0.1 and group["eps"] == 1e-6
+    assert resumed.scaler.get_scale() == 512 and resumed.scaler.get_growth_interval() == 7
+    # A checkpoint from before the scale was saved, and one of a run without --amp.
+    other = under_amp(64.0)
+    other.load_state_dict(resumed.fp32_optimizer.state_dict())
+    assert other.scaler.get_scale() == 64
+    other.fp32_optimizer.load_state_dict(saved)
+
+
+def test_task_is_told_of_each_attempt_at_an_update():
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    compatibility.begin_run()
+    told = []
+    task = Namespace(begin_attempt=lambda: told.append(1))
+    for train_step, count in ((Trainer.train_step.__wrapped__, 0), (Trainer.train_step, 1)):
+        with pytest.raises(Stop):
+            train_step(Namespace(task=task, _set_seed=stop), [])
+        assert len(told) == count
+    with pytest.raises(Stop):  # another task
+        Trainer.train_step(Namespace(task=None, _set_seed=stop), [])

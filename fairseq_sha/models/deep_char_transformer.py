@@ -27,6 +27,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts, require_heads_that_divide
+from fairseq_sha.errors import UserError
 from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.heads import SoftmaxHead
 from fairseq_sha.models.segment_decoder import SegmentLanguageModel
@@ -260,4 +261,10 @@ class DeepCharTransformer(SegmentLanguageModel):
 
     @classmethod
     def build_model(cls, cfg, task):
+        trains = getattr(task, "is_training", False)
+        if trains and cfg.intermediate_losses and getattr(task.cfg, "max_update", 1) <= 0:
+            raise UserError(
+                "--intermediate-losses: those of a layer end after a share of --max-update, which "
+                "is missing; give it"
+            )
         return cls(DeepCharTransformerDecoder(cfg, task.source_dictionary))

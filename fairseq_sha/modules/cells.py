@@ -32,6 +32,9 @@ class LSTM(nn.LSTM):
         """``training`` says whether to drop recurrent weights."""
         zeros = x.new_zeros(1, x.size(1), self.hidden_size)
         h0, c0 = (state["h"], state["c"]) if state else (zeros, zeros)
+        # A run with automatic mixed precision leaves a state in half precision, and one without it
+        # may go on from there.
+        h0, c0 = h0.to(x.dtype), c0.to(x.dtype)
         weight_ih, weight_hh, *biases = self._flat_weights
         weight_hh = dropout(weight_hh, self.weight_dropout, training)
         out, h, c = self.recurrence(x, h0, c0, weight_ih, weight_hh, *biases)

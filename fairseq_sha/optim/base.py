@@ -20,6 +20,11 @@ class ConfiguredOptimizer(FairseqOptimizer):
         super().__init__(cfg)
         require_not_negative(cfg, "lr")
 
+    @property
+    def supports_flat_params(self):
+        """True: each number has a step of its own."""
+        return True
+
     def load_state_dict(self, state_dict, optimizer_overrides=None):
         settings = {key: value for key, value in self.optimizer_config.items() if key != "lr"}
         super().load_state_dict(state_dict, {**settings, **(optimizer_overrides or {})})

@@ -49,8 +49,3 @@ class FairseqMomentumSGD(ConfiguredOptimizer):
             "momentum": self.cfg.momentum,
             "weight_decay": self.cfg.weight_decay,
         }
-
-    @property
-    def supports_flat_params(self):
-        """True: each number has a step of its own."""
-        return True

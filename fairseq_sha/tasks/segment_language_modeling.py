@@ -499,6 +499,10 @@ class SegmentLanguageModelingTask(FairseqTask):
             metrics.log_scalar("_words_per_token", total("nwords") / tokens, tokens)
             metrics.log_derived("wppl", _perplexity_per_word)
 
+    def begin_attempt(self):
+        """Forget the segments of an attempt at an update that came to nothing."""
+        self._segment_lengths = []
+
     def optimizer_step(self, optimizer, model, update_num):
         """fairseq's hook. After the update, parameters are clamped to the model's bounds and
         averaged."""

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fairseq_sha import UserError
 from fairseq_sha.evaluation.evaluate import evaluate
 from fairseq_sha.evaluation.policies import Carried, Sliding
 from fairseq_sha.models.deep_char_transformer import (
+    DeepCharTransformer,
     DeepCharTransformerConfig,
     DeepCharTransformerDecoder,
 )
@@ -43,10 +45,13 @@ PUBLISHED_NAMES = {
 }
 
 
-def decoder(**fields):
+def config(**fields):
     small = dict(width=16, num_layers=3, n_head=2, d_inner=24, window=9, eval_stride=3, dropout=0)
-    cfg = OmegaConf.structured(DeepCharTransformerConfig(**{**small, **fields}))
-    return DeepCharTransformerDecoder(cfg, dictionary_of(VOCABULARY))
+    return OmegaConf.structured(DeepCharTransformerConfig(**{**small, **fields}))
+
+
+def decoder(**fields):
+    return DeepCharTransformerDecoder(config(**fields), dictionary_of(VOCABULARY))
 
 
 def our_name(name, layers):
@@ -293,6 +298,21 @@ def test_training_reads_each_segment_on_its_own():
 def test_segments_longer_than_the_window_are_refused():
     with pytest.raises(UserError, match="--tokens-per-sample 10: .* at most 9 tokens"):
         decoder().train()(torch.randint(VOCABULARY, (2, 10)), segment="train:1:0")
+
+
+def test_losses_of_layers_need_the_length_of_the_run():
+    """Otherwise they would never end."""
+    for max_update, is_training in ((9, True), (0, False)):
+        task = SimpleNamespace(
+            is_training=is_training,
+            cfg=SimpleNamespace(max_update=max_update),
+            source_dictionary=dictionary_of(VOCABULARY),
+        )
+        DeepCharTransformer.build_model(config(), task)
+    task.is_training = True
+    with pytest.raises(UserError, match="--intermediate-losses: .* --max-update, which is missing"):
+        DeepCharTransformer.build_model(config(), task)
+    DeepCharTransformer.build_model(config(intermediate_losses=False), task)
 
 
 def test_dropout_is_where_the_paper_has_it(monkeypatch):

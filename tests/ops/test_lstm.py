@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from fairseq_sha.modules import LSTM
 from fairseq_sha.ops import lstm
 from fairseq_sha.ops.oracles import lstm_reference
 from tests.ops.test_recurrences import check
@@ -89,3 +90,16 @@ def test_bfloat16_runs_on_every_processor(mode, environment):
         assert messages == 1
     else:  # some versions of torch do without oneDNN where weights are in bfloat16
         assert messages <= 1
+
+
+def test_state_of_another_precision():
+    """As a run with automatic mixed precision leaves it to one without."""
+    torch.manual_seed(1)
+    layer, x = LSTM(6), torch.randn(3, 2, 6)
+    half = {key: torch.randn(1, 2, 6).to(torch.bfloat16) for key in "hc"}
+    out, state = layer(x, half)
+    expected, _ = layer(x, {key: value.float() for key, value in half.items()})
+    assert out.dtype == state["c"].dtype == torch.float32 and torch.equal(out, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = layer(x, half)
+    torch.testing.assert_close(mixed.float(), expected, atol=0.05, rtol=0.05)

@@ -92,3 +92,8 @@ def test_weight_decay_that_turns_the_sign_of_weights_is_refused():
 )
 def test_settings_at_the_limits_train(fields):
     check_limits_train(FairseqRAdam, RAdamConfig, **fields)
+
+
+def test_flat_parameters_of_fp16():
+    """Each number has a step of its own."""
+    assert FairseqRAdam(config(RAdamConfig), params()).supports_flat_params

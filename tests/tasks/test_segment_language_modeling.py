@@ -72,11 +72,17 @@ def test_rate_of_an_update_follows_the_length_of_its_segments(model):
         backward=lambda loss: None,
     )
     criterion = lambda *_: (torch.zeros(()), 1, {})  # noqa: E731
+
+    def read(length):
+        sample = {"target": torch.zeros(2, length), "net_input": {}, "ntokens": 1}
+        task.train_step(sample, model, criterion, optimizer, 1)
+
     for lengths in ([20], [5], [20, 10]):
         for length in lengths:
-            sample = {"target": torch.zeros(2, length), "net_input": {}, "ntokens": 1}
-            task.train_step(sample, model, criterion, optimizer, 1)
+            read(length)
         task.optimizer_step(optimizer, model, 1)
+        read(13)  # with --fp16, an overflow leads to no step
+        task.begin_attempt()
     assert rates == [2.0, 2.0, "step", 2.0, 0.5, "step", 2.0, 1.5, "step", 2.0]
 
 
