@@ -5,7 +5,7 @@
 #   make test-long       lint and all tests, such as those of killed runs and several workers
 #   make test-312        make test on Python 3.12
 #   make test-upstream   all tests except the slow ones with upstream fairseq 0.12.2 on Python 3.8
-#   make bench           speed and memory of every part, as tables in runs/bench.md
+#   make bench           speed and memory of models and parts, as tables in runs/bench.md
 #   make tokenization    the same text as bytes, pieces and words, compared
 #   make bench-growth    how time and memory grow, as a picture in runs/growth.png
 

@@ -21,7 +21,7 @@ first of them gives the name.
 With --space, each model is tuned first: its recipe and --trials points of one Sobol sequence, the
 same for all models, are trained with one seed. The best on valid is trained again with the seeds of
 --seeds, beside the recipe as it was given. Trials are in OUT/tuning, an Optuna storage: several
-processes or machines can share them, and `optuna-dashboard OUT/tuning/optuna.journal` shows them.
+processes or machines can share them, and optuna-dashboard shows them.
 The chosen recipes are in OUT/tuning/chosen.
 
 Models of bytes, pieces and words may be compared if their data folders are made of the same text:
@@ -69,12 +69,14 @@ def add_arguments(parser):
         help="trials of each model, beside its recipe (default: %(default)s)",
     )
     tuning.add_argument(
-        "--tuning", type=Path, help="folder for trials, which comparisons may share"
+        "--tuning",
+        type=Path,
+        help="folder for trials, which comparisons may share (default: OUT/tuning)",
     )
     trial = tuning.add_mutually_exclusive_group()
     trial.add_argument("--trial-seconds", type=float, help="budget of a trial (default: as above)")
-    trial.add_argument("--trial-updates", type=int)
-    trial.add_argument("--trial-bytes", type=int)
+    trial.add_argument("--trial-updates", type=int, help="the same, in updates")
+    trial.add_argument("--trial-bytes", type=int, help="the same, in bytes of text")
     tuning.add_argument(
         "--paper-seeds",
         nargs="*",
