@@ -253,9 +253,9 @@ class WordCodec(Codec):
     """A token is a word or, as ``</s>``, the end of a line: text as ``fairseq-preprocess`` splits
     it. Words that the dictionary lacks are ``<unk>``, an ordinary token.
 
-    A word stands for its UTF-8 bytes and the space after it, and ``</s>`` for the newline. How white
-    space was spread in the text is lost. A line without a space at its end has one byte less than
-    is counted, and one with a space at both ends, as in WikiText, one byte more.
+    A word stands for its UTF-8 bytes and the space after it, and ``</s>`` for the newline. How
+    white space was spread in the text is lost. A line without a space at its end has one byte less
+    than is counted, and one with a space at both ends, as in WikiText, one byte more.
     """
 
     name = "words"
