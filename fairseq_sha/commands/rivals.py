@@ -5,7 +5,7 @@
 
 Each compressor is measured alone, and primed with text of train: what the split adds to the
 compressed size of that text, in bits per byte of the split. The data folder may be one of bytes or
-of pieces. ZPAQ takes 6 seconds per MB, and most others less; --cache FILE remembers what was
+of pieces. ZPAQ takes 2 to 3 seconds per MB, and most others less; --cache FILE remembers what was
 measured.
 
     fairseq-sha rivals data-bin/enwiki6 --path MODEL
