@@ -182,7 +182,8 @@ def compute(comparisons):
             if math.isfinite(row["bits"]):
                 points.setdefault(row["model"], []).append(row)
         for rival in others:
-            rivals[rival["name"], bool(rival["primed_with"])] = rival["bits"]
+            primed = rival["primed_with"]
+            rivals[rival["name"], primed > 0] = rival["bits"], primed  # the last: with all of train
     if all(len(found) < 2 for found in points.values()):
         return None
     styles = styles_of(points)
@@ -221,7 +222,7 @@ def compute(comparisons):
             panel.errorbar(
                 x, y, errors, label=model, linewidth=1.2, markersize=5, capsize=2, **styles[model]
             )
-        for (name, primed), bits in rivals.items():
+        for (name, _), (bits, primed) in rivals.items():
             panel.axhline(bits, linestyle="--", linewidth=0.8, color="grey")
             text = f"{name}, {f'primed with {primed:,} bytes' if primed else 'alone'}"
             panel.text(

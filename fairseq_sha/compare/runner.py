@@ -335,7 +335,10 @@ def finished(args, runs):
     for model, seed in runs:
         path = args.out / model.folder / f"seed{seed}" / "result.json"
         if path.is_file():
-            results.append(json.loads(read(path)))
+            result = json.loads(read(path))
+            # A comparison without tuning may have left a run of the same settings.
+            result.pop("recipe", None)
+            results.append({**result, **({"recipe": model.variant} if model.variant else {})})
         else:
             missing.append(f"{model.title} seed {seed}")
     return results, missing

@@ -229,6 +229,8 @@ def test_lines_through_budgets_leave_out_what_diverged():
         names = [container.get_label() for container in axes.containers]
         assert "min_gru" not in names and len(names) == 5
         assert axes.get_xscale() == axes.get_yscale() == "log"
+        texts = {text.get_text() for text in axes.texts}
+        assert {"xz -9e, alone", "PPMd, order 16, primed with 5,480,772 bytes"} <= texts
     seconds = dict(zip(names, figure.axes[0].containers))
     assert list(seconds["sha_lstm"][0].get_xdata()) == [720, 2880]
     assert list(seconds["sha_rnn"][0].get_xdata()) == [720]  # the other time is of a slow machine

@@ -1,5 +1,6 @@
 """The tuning stage: points, what they change, trials that fail, stop and resume, and the choice."""
 
+import argparse
 import json
 import os
 import threading
@@ -385,6 +386,18 @@ def test_bad_options_are_one_line(folder, options, message):
     with pytest.raises(UserError) as error:
         make(folder, *options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("left", ["", "tuned"])
+def test_a_run_that_another_kind_of_comparison_left_counts_as_what_it_is_now(folder, left):
+    model = recipes.load(folder / "good.yaml", folder / "data", [])
+    path = folder / "out" / "good" / "seed1" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"model": "good", **({"recipe": left} if left else {})}))
+    args = argparse.Namespace(out=folder / "out")
+    for variant, expected in (("tuned", {"recipe": "tuned"}), (None, {})):
+        (found,), _ = runner.finished(args, [(model._replace(variant=variant), 1)])
+        assert found == {"model": "good", **expected}
 
 
 def test_tuned_and_given_recipes_are_trained_on_fresh_seeds(folder):
