@@ -408,7 +408,7 @@ def about_bits(rows, rivals):
         notes.append(f"No interval, because bits of blocks were not saved: {unsaved}.")
     few = names(model for model, found in without if found["blocks"])
     if few:
-        notes.append(f"No interval, because the text has less than {MIN_BLOCKS} blocks: {few}.")
+        notes.append(f"No interval, because the text has fewer than {MIN_BLOCKS} blocks: {few}.")
     diverged = names(model for model, found in scores if found["bits"] != found["bits"])
     if diverged:
         notes.append(f"Diverged in at least one seed: {diverged}.")

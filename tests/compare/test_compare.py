@@ -279,7 +279,7 @@ def test_stock_model_with_our_task_is_evaluated_in_a_sliding_window(
         assert found["tokens"] == found["bytes"] == expected["tokens"] == 832
         assert found["policy"] == "sliding window, context of at least 48, stride 16"
     table = (out / "table.md").read_text(encoding="utf-8")
-    assert "No interval, because the text has less than 10 blocks: other." in table
+    assert "No interval, because the text has fewer than 10 blocks: other." in table
     assert "Evaluated with sliding window, context of at least 48, stride 16." in table
 
 

@@ -253,14 +253,14 @@ def test_trials_of_other_settings_are_not_mixed(folder, bits_of):
 
 def test_trials_without_their_settings_are_not_taken_for_others(folder, bits_of):
     bits_of(lambda model: abs(model.config["optimization"]["lr"][0] - 0.01))
-    make(folder, "--trials", 3, configs=["good"]).run()
-    other = make(folder, "--trials", 3, "--trial-updates", 40, configs=["good"])
+    tuned = make(folder, "--trials", 3, configs=["good"])
+    tuned.run()
     (folder / "data" / "valid.bin").write_bytes((folder / "data" / "valid.bin").read_bytes() * 2)
     with pytest.raises(UserError) as error:
         make(folder, "--trials", 3, configs=["good"])
     assert "another size.valid (was" in str(error.value)
-    assert str(error.value).endswith(f"or remove {other.folder}")
-    (other.folder / "good" / "settings.json").unlink()
+    assert str(error.value).endswith(f"or remove {tuned.folder}")
+    (tuned.folder / "good" / "settings.json").unlink()
     with pytest.raises(UserError, match="settings.json is missing.*; remove"):
         make(folder, "--trials", 3, configs=["good"]).run()
 

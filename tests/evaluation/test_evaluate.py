@@ -119,7 +119,6 @@ def test_words_count_the_bytes_of_the_text():
 def test_symbols_are_those_of_the_data_that_are_read(tmp_path, capsys, words):
     """Otherwise the text of --data-bin would be read in place of DATA."""
     (tmp_path / "data").mkdir()
-    assert (
-        main([*words, str(tmp_path / "data"), "--path", "x.pt", "--data-bin", str(tmp_path)]) == 1
-    )
+    words = [*words, str(tmp_path / "data"), "--path", "x.pt", "--data-bin", str(tmp_path)]
+    assert main(words) == 1
     assert f"--data-bin {tmp_path}: the symbols are those of" in capsys.readouterr().err
