@@ -31,7 +31,7 @@ from fairseq_sha.compare.runs import (
     updates_of,
     write_json,
 )
-from fairseq_sha.compare.space import RELATIVE
+from fairseq_sha.compare.space import RELATIVE, WARMUP, WARMUP_FIELDS
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import locked, try_lock, write_atomically
 
@@ -201,7 +201,8 @@ def check_varied(args, space):
     """UserError if tuning would replace what ``--vary`` sets."""
     varied = {change.split("=")[0] for change in itertools.chain(*recipes.grid(args.vary).values())}
     for setting in (*space.settings, *space.own.values()):
-        both = varied & set(setting.fields)
+        fields = {*setting.fields, *(WARMUP_FIELDS if WARMUP in setting.fields else ())}
+        both = varied & fields
         if both and setting.kind not in RELATIVE:
             raise UserError(
                 f"--vary {min(both)}: {args.space} gives it other values in each trial; remove it "

@@ -15,6 +15,7 @@ from fairseq_sha.errors import UserError
 WIDENINGS = 2  # of a range, at most
 OCTAVE = 2.0  # by which a range grows
 WARMUP = "warmup_share"  # a field that stands for the scheduler's own one
+WARMUP_FIELDS = ("lr_scheduler.warmup_updates", "lr_scheduler.warmup_steps")  # of schedulers
 KINDS = ("factor", "log", "range", "choices", "multiples")
 RELATIVE = ("factor", "multiples")  # multiply what a recipe has
 OPTIONS = {*KINDS, "fields", "widen", "speed"}
@@ -235,7 +236,8 @@ def _warmup_field(config):
     """The scheduler's number of updates in which the learning rate rises, or None."""
     scheduler = recipes.lookup(config, "lr_scheduler")
     fields = scheduler if isinstance(scheduler, dict) else {}
-    return next((key for key in ("warmup_updates", "warmup_steps") if key in fields), None)
+    keys = (field.split(".")[1] for field in WARMUP_FIELDS)
+    return next((key for key in keys if key in fields), None)
 
 
 def set_warmup(config, share):

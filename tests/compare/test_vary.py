@@ -97,10 +97,12 @@ def test_tuning_must_not_replace_what_is_varied(load, tmp_path):
     space = tmp_path / "space.yaml"
     clip = "clip: {log: [0.05, 1], fields: [optimization.clip_norm]}"
     rate = "lr: {factor: [0.1, 10], fields: [optimization.lr]}"
-    space.write_text(f"settings:\n  {clip}\n  {rate}\n")
+    warmup = "warmup: {choices: [0.1, 0.2], fields: [warmup_share]}"
+    space.write_text(f"settings:\n  {clip}\n  {rate}\n  {warmup}\n")
     more = ["--space", str(space), "--dry-run"]
-    args, _ = load("optimization.clip_norm=1", more=more)
-    with pytest.raises(UserError, match="--vary optimization.clip_norm: .* gives it other values"):
-        runner.compare(args)
+    for field in ("optimization.clip_norm", "lr_scheduler.warmup_updates"):
+        args, _ = load(f"{field}=1", more=more)
+        with pytest.raises(UserError, match=f"--vary {field}: .* gives it other values"):
+            runner.compare(args)
     args, _ = load("optimization.lr=[0.1]", more=more)  # trials multiply it
     assert runner.compare(args) == 0
