@@ -76,9 +76,8 @@ def compare(args):
         for model in models:
             prepare(args.out / model.folder, model, settings[model.folder])
         cases = [(model, args.out / model.folder) for model in models]
-        if args.parallel == 1:  # runs side by side do not tell the speed
-            cases = [case for case in cases if known_updates(args.budget, *case) is None]
-        measure_speeds(args, cases)
+        # Runs side by side do not tell the speed.
+        measure_speeds(args, args.budget, cases, for_times=args.parallel > 1)
     for model in models:
         try:
             updates[model.folder] = updates_of(args.budget, model, args.out / model.folder)

@@ -13,6 +13,7 @@ from fairseq_sha.compare import logs
 from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.compare.logs import read
 from fairseq_sha.compare.processes import RunFailed
+from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
 BUDGETS = ("seconds", "updates", "bytes")
@@ -99,21 +100,50 @@ def known_updates(budget, model, folder):
     return max(1, round(tokens / recipes.tokens_per_update(model)))
 
 
-def measure_speeds(args, cases):
+def measure_speeds(args, budget, cases, for_times=False):
     """Measure the speeds that are not known yet, in rounds through all models: what slows the
     machine for a while must not slow a few of them only. A failure is printed, and
     :func:`updates_of` fails.
 
-    cases: pairs of a model and its folder, which has its recipe.yaml
+    budget: of the models; if it needs no speed, only ``for_times`` lets one be measured
+    cases: pairs of a model and its folder, which has its recipe.yaml if its speed is not known
+
+    Raises:
+        UserError: a budget in seconds, and other speeds were measured on another machine
     """
-    cases = [case for case in cases if not (case[1] / "speed.json").is_file()]
+    missing = [
+        case
+        for case in cases
+        if not (case[1] / "speed.json").is_file()
+        and (for_times or known_updates(budget, *case) is None)
+    ]
+    if missing and budget.kind == "seconds":
+        check_one_machine([folder for _, folder in cases], machine(args.processes))
     for number in range(1, args.calibration_rounds + 1):
-        for case in list(cases):
+        for case in list(missing):
             try:
                 calibrate(args, *case, number)
             except RunFailed as error:
                 print(f"{case[0].title} {error}", flush=True)
-                cases.remove(case)
+                missing.remove(case)
+
+
+def check_one_machine(folders, here):
+    """UserError if a speed was measured on another machine than this one."""
+    for folder in folders:
+        for path in (folder / "speed.json", *sorted(folder.glob("calibration*.json"))):
+            there = json.loads(read(path) or "{}").get("machine", here)
+            if not is_same_machine(there, here):
+                differences = (
+                    f"{key} {there.get(key)}, here {here.get(key)}"
+                    for key in {**there, **here}
+                    if key != "commit" and there.get(key) != here.get(key)
+                )
+                raise UserError(
+                    f"{path} was measured on another machine ({'; '.join(differences)}), and a "
+                    "budget in seconds is equal for all models on one machine only; measure the "
+                    "other speeds there too, or compare all models in another folder"
+                )
 
 
 def calibrate(args, model, folder, number):

@@ -194,13 +194,14 @@ class Tuning:
             for name in self.models:
                 for point in points:
                     model, values = self.trial(name, point)
-                    folder = self.speed_folder(model, values)
-                    if runs.known_updates(self.budget, model, folder) is None:
-                        cases.setdefault(folder, model)
+                    cases.setdefault(self.speed_folder(model, values), model)
             for folder, model in cases.items():
-                folder.mkdir(exist_ok=True)
-                write_recipe(folder, model)
-            runs.measure_speeds(self.args, [(model, folder) for folder, model in cases.items()])
+                if runs.known_updates(self.budget, model, folder) is None:
+                    folder.mkdir(exist_ok=True)
+                    write_recipe(folder, model)
+            runs.measure_speeds(
+                self.args, self.budget, [(model, folder) for folder, model in cases.items()]
+            )
 
     def speed_folder(self, model, values):
         """The folder of all trials of a model that have the same speed."""

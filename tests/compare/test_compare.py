@@ -23,6 +23,7 @@ from fairseq_sha.compare import logs, processes, runner, runs, summary
 from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.compare.processes import Processes, RunFailed
 from fairseq_sha.data.segments import segment_lengths
+from fairseq_sha.errors import UserError
 from fairseq_sha.files import try_lock
 from tests.commands import command
 from tests.tiny_corpus import write_folder
@@ -403,7 +404,7 @@ def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monke
     assert runs.known_updates(budget, model, folder) is None
     with pytest.raises(RunFailed, match="has no speed; see .*calibration.log"):
         runs.updates_of(budget, model, folder)
-    runs.measure_speeds(args, [(model, folder)])
+    runs.measure_speeds(args, budget, [(model, folder)])
     updates = runs.updates_of(budget, model, folder)
     speed = json.loads((folder / "speed.json").read_text())
     assert updates == int(30 * speed["updates_per_second"])
@@ -414,7 +415,7 @@ def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monke
     log = (tmp_path / "stock" / "calibration.log").read_text()
     assert "begin validation" not in log
     (folder / "recipe.yaml").unlink()  # nothing is measured again
-    runs.measure_speeds(args, [(model, folder)])
+    runs.measure_speeds(args, budget, [(model, folder)])
     assert runs.updates_of(budget, model, folder) == updates
 
 
@@ -458,7 +459,8 @@ def test_speeds_are_measured_in_rounds_and_the_fastest_counts(data, configs, tmp
         folder.mkdir()
     args = argparse.Namespace(calibration_seconds=10.0, calibration_rounds=2)
     args.processes = SlowTraining(0.5, 0.1, 0.25, 0.2)
-    runs.measure_speeds(args, cases)
+    budget = runs.Budget("seconds", 30.0)
+    runs.measure_speeds(args, budget, cases)
     assert args.processes.titles == ["a", "b", "a", "b"]
     speeds = [json.loads((folder / "speed.json").read_text()) for _, folder in cases]
     assert [speed["of_rounds"] for speed in speeds] == [pytest.approx([2, 4]), [10, 5]]
@@ -468,9 +470,44 @@ def test_speeds_are_measured_in_rounds_and_the_fastest_counts(data, configs, tmp
     for name in ("speed.json", "calibration2.json"):
         (tmp_path / "a" / name).unlink()
     args.processes = SlowTraining(0.125)
-    runs.measure_speeds(args, cases)
+    runs.measure_speeds(args, budget, cases)
     assert args.processes.titles == ["a"]
     assert json.loads((tmp_path / "a" / "speed.json").read_text())["of_rounds"] == [2, 8]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_budget_in_seconds_has_the_speeds_of_one_machine(
+    data, configs, tmp_path, monkeypatch, complete
+):
+    model = recipes.load(configs / "good.yaml", data, [])
+    cases = [(model, tmp_path / name) for name in "ab"]
+    args = argparse.Namespace(calibration_seconds=10.0, calibration_rounds=2)
+    args.processes = SlowTraining(0.5)
+    seconds, updates = runs.Budget("seconds", 30.0), runs.Budget("updates", 30)
+
+    def measure(cpu, cases, budget=seconds, **options):
+        monkeypatch.setattr(runs, "machine", lambda _: {"cpu": cpu, "threads": 1, "commit": cpu})
+        runs.measure_speeds(args, budget, cases, **options)
+
+    for _, folder in cases:
+        folder.mkdir()
+    measure("Xeon", cases[:1])
+    if not complete:  # the second round was interrupted
+        for name in ("speed.json", "calibration2.json"):
+            (tmp_path / "a" / name).unlink()
+    known = sorted(tmp_path.glob("*/*"))
+    message = r"/a/.*json was measured on another machine \(cpu Xeon, here EPYC\)"
+    with pytest.raises(UserError, match=message):
+        measure("EPYC", cases)
+    assert sorted(tmp_path.glob("*/*")) == known
+
+    # What is known already is used anywhere, and other budgets need no speed.
+    measure("Xeon", cases[:1])
+    measure("EPYC", cases[:1])
+    measure("EPYC", cases, updates)
+    assert not (tmp_path / "b" / "speed.json").exists()
+    measure("EPYC", cases, updates, for_times=True)
+    assert (tmp_path / "b" / "speed.json").exists()
 
 
 def test_seeds_are_trained_through_a_launcher(data, configs, tmp_path, monkeypatch, capsys):
