@@ -1,5 +1,6 @@
 """Runs commands, several at once, and stops all of them together."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -49,8 +50,25 @@ class Processes:
         if not self.stopping.is_set():
             job()
 
+    def _lock(self, out, title):
+        """Lock a log, which a command inherits with its output; returns whether that took time."""
+        waited = False
+        while True:
+            try:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return waited
+            except BlockingIOError:
+                if not waited:
+                    print(
+                        f"{title}: waiting for a command that still writes {out.name}", flush=True
+                    )
+                waited = True
+                if self.stopping.wait(1):
+                    raise KeyboardInterrupt
+
     def execute(self, command, log, title, status, is_done):
-        """Run a command, append its output to a log, and print its progress from time to time.
+        """Run a command, append its output to a log, and print its progress from time to time. If
+        another command still writes the log, since its parent was killed, wait for it first.
 
         Args:
             command (list of str): the command
@@ -66,6 +84,8 @@ class Processes:
         started = printed = time.monotonic()
         print(f"{title}: {status()}", flush=True)
         with open(log, "ab") as out:
+            if self._lock(out, title) and is_done(logs.read(log)):
+                return
             # In a session of its own, so that all of its processes can be stopped together.
             child = subprocess.Popen(
                 command,

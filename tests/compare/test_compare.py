@@ -161,6 +161,22 @@ def test_a_closed_terminal_stops_runs_and_runs_of_another_process_are_awaited(
     assert result(out)["updates"] == 4 and result(out, seed=2)["updates"] == 4
 
 
+def test_a_run_whose_parent_was_killed_is_awaited(data, configs, elsewhere, tmp_path, compare):
+    out = tmp_path / "out"
+    options = ["--data", data, "--configs", configs / "good.yaml", "--updates", UPDATES]
+    options += ["--out", out, "--rivals", "none"]
+    log = out / "good" / "seed1" / "train.log"
+    process = start(elsewhere, *options)
+    while process.poll() is None and not logs.read(log):  # the command has begun
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    status, output, errors = compare(*options)
+    assert status == 0, output + errors
+    assert f"waiting for a command that still writes {log}" in output
+    assert log.read_text().count("training on ") == 1 and result(out)["updates"] == UPDATES
+
+
 @pytest.fixture(scope="session")
 def stopped(data, configs, elsewhere, tmp_path_factory):
     """A comparison that Ctrl-C stopped after the first checkpoint: its options and outcome."""
