@@ -23,6 +23,10 @@ CALIBRATION_LOG = "calibration.log"
 LONGER = (1, 2, 4, 8)
 
 
+class TooSlow(RunFailed):
+    """A speed cannot be measured in the time that is given for it."""
+
+
 class Budget(NamedTuple):
     """How long a model is trained."""
 
@@ -109,7 +113,9 @@ def measure_speeds(args, budget, cases, for_times=False):
     cases: pairs of a model and its folder, which has its recipe.yaml if its speed is not known
 
     Raises:
-        UserError: a budget in seconds, and other speeds were measured on another machine
+        UserError: the budget needs the speed of a model that is too slow for
+            ``--calibration-seconds``; or it is in seconds, and other speeds were measured on
+            another machine
     """
     missing = [
         case
@@ -124,6 +130,8 @@ def measure_speeds(args, budget, cases, for_times=False):
             try:
                 calibrate(args, *case, number)
             except RunFailed as error:
+                if isinstance(error, TooSlow) and known_updates(budget, *case) is None:
+                    raise UserError(f"{case[0].title} {error}")
                 print(f"{case[0].title} {error}", flush=True)
                 missing.remove(case)
 
@@ -148,7 +156,7 @@ def check_one_machine(folders, here):
 
 def calibrate(args, model, folder, number):
     """Train a model for a short time, or a longer one if it is slow, and measure its speed. After
-    the last of all rounds, write the fastest to speed.json; RunFailed.
+    the last of all rounds, write the fastest to speed.json; RunFailed or TooSlow.
 
     number: of the round; nothing is done if it was done before
     """
@@ -164,7 +172,7 @@ def calibrate(args, model, folder, number):
 
 
 def measured_speed(args, model, folder):
-    """What ``speed.json`` says, measured once; RunFailed."""
+    """What ``speed.json`` says, measured once; RunFailed or TooSlow."""
     log = folder / CALIBRATION_LOG
     for factor in LONGER:
         if log.exists():
@@ -177,7 +185,10 @@ def measured_speed(args, model, folder):
         if training is not None and training.train[-1][0] >= least:
             break
     else:
-        raise RunFailed(f"is too slow to be measured in {seconds:g} s; raise --calibration-seconds")
+        raise TooSlow(
+            f"is too slow to be measured in {seconds:g} s; raise "
+            f"--calibration-seconds {args.calibration_seconds:g}"
+        )
     return {
         "updates_per_second": 1 / training.seconds_per_update,
         "tokens_per_update": training.tokens_per_update,

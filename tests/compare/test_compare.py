@@ -452,7 +452,7 @@ class SlowTraining:
         log.write_text("\n".join(["training on 1 devices", *lines]))
 
 
-def test_slow_models_are_measured_longer(data, configs, tmp_path, monkeypatch):
+def test_slow_models_are_measured_longer(data, configs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "machine", lambda processes: {})
     model = recipes.load(configs / "good.yaml", data, [])
     args = argparse.Namespace(
@@ -463,8 +463,14 @@ def test_slow_models_are_measured_longer(data, configs, tmp_path, monkeypatch):
     assert speed["updates_per_second"] == pytest.approx(0.4) and speed["measured_updates"] == 15
     (tmp_path / "slower").mkdir()
     args.processes = SlowTraining(6.0)
-    with pytest.raises(RunFailed, match="too slow to be measured in 80 s"):
-        runs.calibrate(args, model, tmp_path / "slower", 1)
+    message = "good is too slow to be measured in 80 s; raise --calibration-seconds 10"
+    with pytest.raises(UserError, match=message):
+        runs.measure_speeds(args, runs.Budget("seconds", 30.0), [(model, tmp_path / "slower")])
+    # A budget in updates does not depend on it.
+    updates = runs.Budget("updates", 30)
+    runs.measure_speeds(args, updates, [(model, tmp_path / "slower")], for_times=True)
+    assert message in capsys.readouterr().out
+    assert not (tmp_path / "slower" / "speed.json").exists()
 
 
 def test_speeds_are_measured_in_rounds_and_the_fastest_counts(data, configs, tmp_path, monkeypatch):
