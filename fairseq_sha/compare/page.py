@@ -72,6 +72,7 @@ def write(folders, destination, reach=(), relative_to=None):
         for name, found in comparisons.items()
     }
     check_same_text(rows)
+    labels = summary.labels(rows.values())
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -83,7 +84,8 @@ def write(folders, destination, reach=(), relative_to=None):
             written = pictures.draw(found, rows[name], destination, prefix)
             drawn[name] = [(f"{prefix}{file}", pictures.PICTURES[file]) for file in written]
         figure = pictures.compute(
-            [(rows[name], found.get("rivals") or []) for name, found in comparisons.items()]
+            [(rows[name], found.get("rivals") or []) for name, found in comparisons.items()],
+            labels,
         )
         if figure is not None:
             pictures.save(figure, destination / pictures.COMPUTE)
@@ -94,10 +96,10 @@ def write(folders, destination, reach=(), relative_to=None):
     if len(comparisons) > 1:
         joint = tables_of_budgets(comparisons, relative_to)
         if len({found["settings"]["budget"] for found in comparisons.values()}) > 1:
-            joint.insert(0, joint_table(comparisons, rows))
+            joint.insert(0, joint_table(comparisons, rows, labels))
         note = "Intervals, machines, versions and commands are given with each comparison below."
         budgets = [found["settings"]["budget"] for found in comparisons.values()]
-        costs, notes = costs_between([*zip(budgets, rows.values())], reach, relative_to)
+        costs, notes = costs_between([*zip(budgets, rows.values())], labels, reach, relative_to)
         sections.append(
             Section("All comparisons", "", [*joint, *costs], joint_drawn, [note, *notes])
         )
@@ -147,15 +149,13 @@ def check_same_text(rows):
             )
 
 
-def joint_table(comparisons, rows):
+def joint_table(comparisons, rows, labels):
     """Bits of each model in each comparison; the order is that of the last one that has it."""
     models = {}
-    for found in reversed(list(rows.values())):
+    for name, found in reversed(list(rows.items())):
         for row in found:
-            models.setdefault(row["model"], {})
-    for name, found in rows.items():
-        for row in found:
-            models[row["model"]][name] = summary.bits(row["scores"][row["recipe"]])
+            cells = models.setdefault(labels[row["model"], row["recipe"]], {})
+            cells[name] = summary.bits(row["scores"][row["recipe"]])
     header = [f"{name} ({found['settings']['budget']})" for name, found in comparisons.items()]
     lines = [[model, *(cells.get(name, "–") for name in rows)] for model, cells in models.items()]
     return summary.Table("Bits per byte, test", ["model", *header], lines)
@@ -196,23 +196,20 @@ def costs_within(rows, reach, reference):
     return costs_of(models, reach, reference or summary.reference_row(rows)["model"], cost.WITHIN)
 
 
-def costs_between(comparisons, reach, reference):
+def costs_between(comparisons, labels, reach, reference):
     """The same between the runs of several comparisons, of which each is a budget and its rows. The
     paper's recipe of a model and a tuned one are not lengths of one recipe."""
-    of_model = {}
+    runs = {}
     for budget, rows in comparisons:
         for row in rows:
-            of_recipe = of_model.setdefault(row["model"], {}).setdefault(row["recipe"], [])
+            of_recipe = runs.setdefault(labels[row["model"], row["recipe"]], [])
             of_recipe += [(budget, run) for run in row["runs"]]
     models = {
-        name if len(recipes) == 1 else f"{name}, {recipe}": (
-            cost.between(runs),
-            [run for _, run in runs],
-        )
-        for name, recipes in of_model.items()
-        for recipe, runs in recipes.items()
+        name: (cost.between(found), [run for _, run in found]) for name, found in runs.items()
     }
     reference = reference or summary.reference_row(comparisons[-1][1])["model"]
+    if reference not in models:
+        reference = labels[reference, "tuned"]
     return costs_of(models, reach, reference, cost.BETWEEN)
 
 

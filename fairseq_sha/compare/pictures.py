@@ -166,12 +166,13 @@ def curves(rows, styles, axis, label):
     return figure
 
 
-def compute(comparisons):
-    """Bits on test against seconds, training FLOPs and bytes, one line a model through all
-    comparisons.
+def compute(comparisons, labels):
+    """Bits on test against seconds, training FLOPs and bytes, one line a model and recipe through
+    all comparisons.
 
     Args:
         comparisons (list): of rows of each, and its rivals
+        labels (dict): names of models and recipes, see ``summary.labels``
 
     Returns:
         a figure, None if no model is in two comparisons
@@ -180,7 +181,7 @@ def compute(comparisons):
     for rows, others in comparisons:
         for row in rows:
             if math.isfinite(row["bits"]):
-                points.setdefault(row["model"], []).append(row)
+                points.setdefault(labels[row["model"], row["recipe"]], []).append(row)
         for rival in others:
             primed = rival["primed_with"]
             rivals[rival["name"], primed > 0] = rival["bits"], primed  # the last: with all of train

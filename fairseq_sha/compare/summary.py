@@ -182,6 +182,20 @@ def compare_rows(rows, reference=None):
             row["difference"] = (row["bits"] - first["bits"], tuple(map(float, ends)))
 
 
+def labels(comparisons):
+    """A name for each model and recipe of the rows of some comparisons: the model's, with the
+    recipe if they have both of it."""
+    recipes = {}
+    for rows in comparisons:
+        for row in rows:
+            recipes.setdefault(row["model"], {})[row["recipe"]] = None
+    return {
+        (model, recipe): model if len(found) == 1 else f"{model}, {recipe}"
+        for model, found in recipes.items()
+        for recipe in found
+    }
+
+
 def reference_row(rows):
     """The row to which others are compared."""
     return next(row for row in rows if row["reference"])

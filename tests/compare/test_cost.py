@@ -149,6 +149,25 @@ def test_only_budgets_of_one_recipe_are_lengths(write, tmp_path):
     assert "Cost to reach" not in text.split("## short")[0]
 
 
+def test_a_model_with_both_recipes_is_compared_by_its_tuned_one(write, tmp_path):
+    speeds = {"a": 1, "b": 2}
+    tuned = [
+        write(
+            [{**run, "recipe": "tuned"} for run in runs_of(speeds, updates=updates)], str(updates)
+        )
+        for updates in (250, 1000)
+    ]
+    paper = write(runs_of({"a": 1}, updates=500), "paper")
+    text = report(tmp_path, *tuned, paper, "--reach", "1.2", "--relative-to", "a")
+    joint = text.split("## 250")[0]
+    table = cells_of(joint, "Cost to reach 1.2 bits per byte on valid")
+    assert table["a, tuned"]["updates"] == "686"
+    assert table["b"]["updates"].startswith("343 (0.50 [")
+    assert "the ratio to a, tuned, with its 95 % interval" in joint
+    lines = joint.split("**Bits per byte, test**")[1].split("\n\n")[1].splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| a, paper", "| b", "| a, tuned"]
+
+
 def test_costs_within_a_comparison_without_the_baseline_are_relative_to_its_best(write, tmp_path):
     folders = write(runs_of({"a": 1, "b": 2}), "one"), write(runs_of({"b": 2, "c": 3}), "two")
     text = report(tmp_path, *folders, "--reach", "1", "--relative-to", "a")

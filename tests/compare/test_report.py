@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
     for seconds, shift in ((720, 0.0), (2880, -0.2)):
         folder = tmp_path_factory.mktemp(f"budget{seconds}") / "out"
         folder.mkdir()
-        found = comparison(seconds, tuned=seconds == 720, shift=shift)
+        found = comparison(seconds, shift=shift)
         summary.write_results(folder / "results.json", found)
         made.append(folder)
     return made
@@ -55,7 +55,7 @@ def test_page_holds_all_of_it(folders, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out / 'index.html'}\n"
     text = (out / "index.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.links) == 1 + 4 + 2
+    assert len(page.links) == 1 + 4 + 4
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "<script" not in text and "prefers-color-scheme: dark" in text
     report = (out / "report.md").read_text(encoding="utf-8")

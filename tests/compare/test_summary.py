@@ -221,7 +221,8 @@ def test_lines_through_budgets_leave_out_what_diverged():
         if other["model"] == "sha_rnn":
             other["machine"] = SLOW
     comparisons = [(summary.summarise(f["runs"]), f["rivals"]) for f in found]
-    figure = pictures.compute(comparisons)
+    labels = summary.labels(rows for rows, _ in comparisons)
+    figure = pictures.compute(comparisons, labels)
     assert [axes.get_xlabel() for axes in figure.axes] == [
         *("seconds of training", "training FLOPs", "bytes seen")
     ]
@@ -234,7 +235,18 @@ def test_lines_through_budgets_leave_out_what_diverged():
     seconds = dict(zip(names, figure.axes[0].containers))
     assert list(seconds["sha_lstm"][0].get_xdata()) == [720, 2880]
     assert list(seconds["sha_rnn"][0].get_xdata()) == [720]  # the other time is of a slow machine
-    assert pictures.compute(comparisons[:1]) is None
+    assert pictures.compute(comparisons[:1], labels) is None
+
+
+def test_a_tuned_recipe_and_the_papers_are_not_one_line():
+    pytest.importorskip("matplotlib")
+    found = [comparison(360), comparison(720), comparison(2880, tuned=False)]
+    comparisons = [(summary.summarise(f["runs"]), f["rivals"]) for f in found]
+    figure = pictures.compute(comparisons, summary.labels(rows for rows, _ in comparisons))
+    lines = {container.get_label(): container[0] for container in figure.axes[0].containers}
+    assert len(lines) == 2 * 5
+    assert list(lines["sha_rnn, tuned"].get_xdata()) == [360, 720]
+    assert list(lines["sha_rnn, paper"].get_xdata()) == [2880]
 
 
 @pytest.mark.parametrize(
