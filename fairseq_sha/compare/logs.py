@@ -84,8 +84,15 @@ def read_parameters(text):
     return int(found.group(1).replace(",", "")) if found else None
 
 
+def read_device(text):
+    """Name of the GPU that a training ran on, or "CPU"."""
+    gpu = re.search(r"^rank .* name = (.+?)\s*$", text, re.MULTILINE)
+    return gpu.group(1) if gpu else "CPU"
+
+
 def read_peak(text):
-    """Peak resident memory in MB over all commands of a run; None if a launcher ran it."""
+    """Peak resident memory in MB over all commands of a run; None if it is not known, since a
+    launcher ran it or the process that watched it was killed."""
     peaks = re.findall(rf"^{ENDED} \S+, peak memory (\d+) MB$", text, re.MULTILINE)
     return max(map(int, peaks), default=None)
 

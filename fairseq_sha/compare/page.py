@@ -150,12 +150,15 @@ def check_same_text(rows):
 
 
 def joint_table(comparisons, rows, labels):
-    """Bits of each model in each comparison; the order is that of the last one that has it."""
+    """Bits of each model and recipe in each comparison; the order is that of the last one that has
+    it."""
     models = {}
     for name, found in reversed(list(rows.items())):
         for row in found:
-            cells = models.setdefault(labels[row["model"], row["recipe"]], {})
-            cells[name] = summary.bits(row["scores"][row["recipe"]])
+            for recipe, score in row["scores"].items():
+                if (row["model"], recipe) in labels:
+                    cells = models.setdefault(labels[row["model"], recipe], {})
+                    cells[name] = summary.bits(score)
     header = [f"{name} ({found['settings']['budget']})" for name, found in comparisons.items()]
     lines = [[model, *(cells.get(name, "–") for name in rows)] for model, cells in models.items()]
     return summary.Table("Bits per byte, test", ["model", *header], lines)
@@ -207,9 +210,12 @@ def costs_between(comparisons, labels, reach, reference):
     models = {
         name: (cost.between(found), [run for _, run in found]) for name, found in runs.items()
     }
-    reference = reference or summary.reference_row(comparisons[-1][1])["model"]
-    if reference not in models:
-        reference = labels[reference, "tuned"]
+    if reference is None:
+        best = summary.reference_row(comparisons[-1][1])
+        reference = labels[best["model"], best["recipe"]]
+    else:
+        names = [labels[reference, r] for r in ("tuned", "paper") if (reference, r) in labels]
+        reference = next((name for name in names if models[name][0]), names[0])
     return costs_of(models, reach, reference, cost.BETWEEN)
 
 

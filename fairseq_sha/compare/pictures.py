@@ -25,7 +25,7 @@ PICTURES = {
     "sensitivity.png": "All trials against each setting",
 }
 COMPUTE = "bits_by_compute.png"
-COMPUTE_CAPTION = "Bits against compute, one line a model through all comparisons"
+COMPUTE_CAPTION = "Bits against compute, one line a model and recipe through all comparisons"
 
 
 def draw(everything, rows, folder, prefix=""):
@@ -175,7 +175,7 @@ def compute(comparisons, labels):
         labels (dict): names of models and recipes, see ``summary.labels``
 
     Returns:
-        a figure, None if no model is in two comparisons
+        a figure, None if no model and recipe is in two comparisons
     """
     points, rivals = {}, {}
     for rows, others in comparisons:
@@ -238,8 +238,8 @@ def compute(comparisons, labels):
         plain(panel.yaxis)
         if kind == "seconds":
             plain(panel.xaxis)
-    handles, labels = panels[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
+    legend = panels[-1].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=5, fontsize="small")
     return figure
 
 

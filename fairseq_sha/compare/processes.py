@@ -1,6 +1,7 @@
 """Runs commands, several at once, and stops all of them together."""
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -50,25 +51,10 @@ class Processes:
         if not self.stopping.is_set():
             job()
 
-    def _lock(self, out, title):
-        """Lock a log, which a command inherits with its output; returns whether that took time."""
-        waited = False
-        while True:
-            try:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return waited
-            except BlockingIOError:
-                if not waited:
-                    print(
-                        f"{title}: waiting for a command that still writes {out.name}", flush=True
-                    )
-                waited = True
-                if self.stopping.wait(1):
-                    raise KeyboardInterrupt
-
-    def execute(self, command, log, title, status, is_done):
-        """Run a command, append its output to a log, and print its progress from time to time. If
-        another command still writes the log, since its parent was killed, wait for it first.
+    def execute(self, command, log, title, status, is_done, again=False):
+        """Run a command, append its output to a log, and print its progress from time to time.
+        While another command writes the log, such as one whose parent was killed, wait for it; if
+        it did the work, that is all.
 
         Args:
             command (list of str): the command
@@ -76,16 +62,21 @@ class Processes:
             title (str): what is run
             status (callable): returns the progress as text
             is_done (callable): tells from the log's text whether the command did its work
+            again (bool): empty the log first, and run the command even if its work is done
 
         Raises:
             RunFailed: it did not, or exited with an error
             KeyboardInterrupt: the command was stopped with all others
         """
-        started = printed = time.monotonic()
         print(f"{title}: {status()}", flush=True)
         with open(log, "ab") as out:
-            if self._lock(out, title) and is_done(logs.read(log)):
+            # The command inherits this lock with its output.
+            self._lock(out, lambda: f"{title}: {status()}, by an earlier command that still runs")
+            if again:
+                out.truncate(0)
+            elif is_done(logs.read(log)):
                 return
+            started = printed = time.monotonic()
             # In a session of its own, so that all of its processes can be stopped together.
             child = subprocess.Popen(
                 command,
@@ -121,3 +112,16 @@ class Processes:
             lines = logs.read(log).splitlines()[-LOG_TAIL:]
             tail = "\n".join("    " + line[:200] for line in lines)
             raise RunFailed(f"failed; the end of {log}:\n{tail}")
+
+    def _lock(self, out, status):
+        """Lock an open file; wait for others, and print their progress."""
+        printed = -math.inf
+        while True:
+            try:
+                return fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() - printed >= PROGRESS_SECONDS:
+                    printed = time.monotonic()
+                    print(status(), flush=True)
+                if self.stopping.wait(0.2):
+                    raise KeyboardInterrupt

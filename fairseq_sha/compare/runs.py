@@ -21,10 +21,12 @@ SPLITS = ("valid", "test")
 CALIBRATION_LOG = "calibration.log"
 #: How much longer a slow model may be measured.
 LONGER = (1, 2, 4, 8)
+#: What a machine's speed depends on, of :func:`machine` and the device.
+SPEED_DEPENDS_ON = ("cpu", "cpus", "omp_num_threads", "torch", "device")
 
 
-class TooSlow(RunFailed):
-    """A speed cannot be measured in the time that is given for it."""
+class NotMeasured(RunFailed):
+    """A speed is not measured for a reason that the user can mend."""
 
 
 class Budget(NamedTuple):
@@ -104,59 +106,71 @@ def known_updates(budget, model, folder):
     return max(1, round(tokens / recipes.tokens_per_update(model)))
 
 
-def measure_speeds(args, budget, cases, for_times=False):
+def measure_speeds(args, budget, cases, for_times=False, strict=False):
     """Measure the speeds that are not known yet, in rounds through all models: what slows the
     machine for a while must not slow a few of them only. A failure is printed, and
     :func:`updates_of` fails.
 
     budget: of the models; if it needs no speed, only ``for_times`` lets one be measured
     cases: pairs of a model and its folder, which has its recipe.yaml if its speed is not known
+    strict: whether what the user can mend, :class:`NotMeasured`, is an error
 
     Raises:
-        UserError: the budget needs the speed of a model that is too slow for
-            ``--calibration-seconds``; or it is in seconds, and other speeds were measured on
-            another machine
+        UserError: the budget is in seconds, and known speeds are of several machines
     """
+    folders = [folder for _, folder in cases]
+    other = other_machine(folders)
+    if budget.kind == "seconds" and other:
+        raise UserError(
+            f"a budget in seconds needs all speeds from one machine, and {other}; compare models "
+            "that have speeds of different machines in different folders"
+        )
     missing = [
         case
         for case in cases
         if not (case[1] / "speed.json").is_file()
         and (for_times or known_updates(budget, *case) is None)
     ]
-    if missing and budget.kind == "seconds":
-        check_one_machine([folder for _, folder in cases], machine(args.processes))
     for number in range(1, args.calibration_rounds + 1):
         for case in list(missing):
             try:
+                other = other_machine(folders, machine(args.processes))
+                if budget.kind == "seconds" and other:
+                    raise NotMeasured(
+                        "is not measured here, since a budget in seconds needs all speeds from one "
+                        f"machine: {other}; go on there, or compare in another folder"
+                    )
                 calibrate(args, *case, number)
             except RunFailed as error:
-                if isinstance(error, TooSlow) and known_updates(budget, *case) is None:
+                if strict and isinstance(error, NotMeasured):
                     raise UserError(f"{case[0].title} {error}")
                 print(f"{case[0].title} {error}", flush=True)
                 missing.remove(case)
 
 
-def check_one_machine(folders, here):
-    """UserError if a speed was measured on another machine than this one."""
+def other_machine(folders, here=None):
+    """Tells of the first speed that was measured on another machine than the others, or than
+    ``here`` if that is given; None if there is none."""
     for folder in folders:
         for path in (folder / "speed.json", *sorted(folder.glob("calibration*.json"))):
-            there = json.loads(read(path) or "{}").get("machine", here)
-            if not is_same_machine(there, here):
-                differences = (
-                    f"{key} {there.get(key)}, here {here.get(key)}"
-                    for key in {**there, **here}
-                    if key != "commit" and there.get(key) != here.get(key)
-                )
-                raise UserError(
-                    f"{path} was measured on another machine ({'; '.join(differences)}), and a "
-                    "budget in seconds is equal for all models on one machine only; measure the "
-                    "other speeds there too, or compare all models in another folder"
-                )
+            if not path.is_file():
+                continue
+            speed = json.loads(read(path))
+            there = {**speed["machine"], "device": speed.get("device", "CPU")}
+            here = there if here is None else here
+            differences = [
+                f"{key} {there[key]}, not {here[key]}"
+                for key in SPEED_DEPENDS_ON
+                if key in there and key in here and there[key] != here[key]
+            ]
+            if differences:
+                return f"{path} is of another machine ({'; '.join(differences)})"
+    return None
 
 
 def calibrate(args, model, folder, number):
     """Train a model for a short time, or a longer one if it is slow, and measure its speed. After
-    the last of all rounds, write the fastest to speed.json; RunFailed or TooSlow.
+    the last of all rounds, write the fastest to speed.json; RunFailed or NotMeasured.
 
     number: of the round; nothing is done if it was done before
     """
@@ -172,28 +186,29 @@ def calibrate(args, model, folder, number):
 
 
 def measured_speed(args, model, folder):
-    """What ``speed.json`` says, measured once; RunFailed or TooSlow."""
+    """What ``speed.json`` says, measured once; RunFailed or NotMeasured."""
     log = folder / CALIBRATION_LOG
     for factor in LONGER:
-        if log.exists():
-            log.unlink()
         seconds = factor * args.calibration_seconds
         command = recipes.calibration_command(folder, seconds)
-        args.processes.execute(command, log, model.title, lambda: "measuring the speed", is_trained)
+        args.processes.execute(
+            command, log, model.title, lambda: "measuring the speed", is_trained, again=True
+        )
         training = logs.read_training(read(log))
         least = logs.SETTLING + recipes.CALIBRATION_INTERVAL
         if training is not None and training.train[-1][0] >= least:
             break
     else:
-        raise TooSlow(
-            f"is too slow to be measured in {seconds:g} s; raise "
-            f"--calibration-seconds {args.calibration_seconds:g}"
+        raise NotMeasured(
+            f"is too slow to be measured in {seconds:g} s; raise --calibration-seconds, which is "
+            f"{args.calibration_seconds:g}"
         )
     return {
         "updates_per_second": 1 / training.seconds_per_update,
         "tokens_per_update": training.tokens_per_update,
         "bytes_per_token": training.bytes_per_token,
         "measured_updates": training.train[-1][0],
+        "device": logs.read_device(read(log)),
         "machine": machine(args.processes),
     }
 
@@ -290,15 +305,15 @@ def result_of(model_folder, model, seed, updates, splits, here):
         )
     tokens, seconds = training.tokens_per_update, training.seconds_per_update
     speed = json.loads(read(model_folder / "speed.json") or "{}")
-    pace = None
+    device, pace = logs.read_device(text), None
     # Measured while nothing else ran; the run itself may have been on another machine.
-    if speed and here and is_same_machine(speed.get("machine"), here):
+    same = here and is_same_machine(speed.get("machine"), here)
+    if speed and same and speed.get("device", "CPU") == device:
         pace = float(f"{1 / seconds / speed['updates_per_second']:.3g}")
         seconds = 1 / speed["updates_per_second"]
 
     flops = json.loads(read(model_folder / "flops.json") or "{}").get("training_flops_per_token")
 
-    gpu = re.search(r"^rank .* name = (.+?)\s*$", text, re.MULTILINE)
     return {
         "model": model.name,
         **({"recipe": model.variant} if model.variant else {}),
@@ -311,7 +326,7 @@ def result_of(model_folder, model, seed, updates, splits, here):
         "pace": pace,
         "training_flops": flops and round(flops * updates * tokens),
         "peak_memory_mb": logs.read_peak(text),
-        "device": gpu.group(1) if gpu else "CPU",
+        "device": device,
         **{split: evaluation_of(folder, model, split) for split in splits},
         "train_curve": training.train,
         "valid_curve": training.valid,

@@ -183,16 +183,15 @@ def compare_rows(rows, reference=None):
 
 
 def labels(comparisons):
-    """A name for each model and recipe of the rows of some comparisons: the model's, with the
-    recipe if they have both of it."""
-    recipes = {}
-    for rows in comparisons:
-        for row in rows:
-            recipes.setdefault(row["model"], {})[row["recipe"]] = None
+    """A name for each model and recipe in the rows of several comparisons: that of the model,
+    followed by the recipe if its rows are of both recipes."""
+    pairs = list(
+        dict.fromkeys((row["model"], row["recipe"]) for rows in comparisons for row in rows)
+    )
+    models = [model for model, _ in pairs]
     return {
-        (model, recipe): model if len(found) == 1 else f"{model}, {recipe}"
-        for model, found in recipes.items()
-        for recipe in found
+        (model, recipe): model if models.count(model) == 1 else f"{model}, {recipe}"
+        for model, recipe in pairs
     }
 
 

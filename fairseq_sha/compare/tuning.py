@@ -102,7 +102,7 @@ class Tuning:
                 runs.write_json(path, settings)
             points = self.points()
         while points:
-            self.measure_speeds(points)
+            self.measure_speeds()
             self.args.processes.run([self.work] * self.args.parallel)
             self.wait_for_others()
             points = self.widened()
@@ -186,21 +186,28 @@ class Tuning:
         """Alone among all threads and processes, until the end of a ``with`` block."""
         return locked(self.folder / "lock")
 
-    def measure_speeds(self, points):
-        """Measure the speed of each model at each point, if the budget needs it, while no other
-        process does."""
+    def measure_speeds(self):
+        """Measure the speed of each model at each point whose trial is not finished, if the budget
+        needs it, while no other process does."""
         with locked(self.folder / "speeds.lock"):
             cases = {}
             for name in self.models:
-                for point in points:
-                    model, values = self.trial(name, point)
-                    cases.setdefault(self.speed_folder(model, values), model)
-            for folder, model in cases.items():
-                if runs.known_updates(self.budget, model, folder) is None:
-                    folder.mkdir(exist_ok=True)
-                    write_recipe(folder, model)
+                for trial in self.study(name).get_trials(deepcopy=False):
+                    model, values = self.trial(name, trial.user_attrs["point"])
+                    folder = self.speed_folder(model, values)
+                    if (folder / "speed.json").is_file():
+                        cases[folder] = model
+                        continue
+                    unknown = runs.known_updates(self.budget, model, folder) is None
+                    if unknown and not trial.state.is_finished():
+                        folder.mkdir(exist_ok=True)
+                        write_recipe(folder, model)
+                        cases[folder] = model
             runs.measure_speeds(
-                self.args, self.budget, [(model, folder) for folder, model in cases.items()]
+                self.args,
+                self.budget,
+                [(model, folder) for folder, model in cases.items()],
+                strict=True,
             )
 
     def speed_folder(self, model, values):

@@ -164,6 +164,12 @@ def test_a_model_with_both_recipes_is_compared_by_its_tuned_one(write, tmp_path)
     assert table["a, tuned"]["updates"] == "686"
     assert table["b"]["updates"].startswith("343 (0.50 [")
     assert "the ratio to a, tuned, with its 95 % interval" in joint
+    # Without tuned runs of several budgets, the given recipe is the reference.
+    folders = tuned[0], paper, write(runs_of({"a": 1}), "longer")
+    for words in ([], ["--relative-to", "a"]):
+        text = report(tmp_path, *folders, "--reach", "1.2", *words).split("## 250")[0]
+        table = cells_of(text, "Cost to reach 1.2 bits per byte on valid")
+        assert list(table) == ["a, paper"] and "the ratio to a, paper" in text
     lines = joint.split("**Bits per byte, test**")[1].split("\n\n")[1].splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| a, paper", "| b", "| a, tuned"]
 

@@ -290,17 +290,45 @@ def test_two_processes_measure_each_speed_once(folder, monkeypatch):
 
     def measured_speed(args, model, path):
         if not threads:
-            threads.append(threading.Thread(target=both[1].measure_speeds, args=[[None]]))
+            threads.append(threading.Thread(target=both[1].measure_speeds))
             threads[0].start()
             time.sleep(0.2)
         measured.append(path.name)
-        return {"updates_per_second": 2, "bytes_per_token": 1}
+        return {"updates_per_second": 2, "bytes_per_token": 1, "machine": {}}
 
     monkeypatch.setattr(runs, "measured_speed", measured_speed)
     (both[0].folder / "good").mkdir(parents=True)
-    both[0].measure_speeds([None])
+    both[0].enqueue("good", [None])
+    both[0].measure_speeds()
     threads[0].join()
     assert measured == ["speed-streams-1_window-60"] * 2  # two rounds
+
+
+def test_speeds_of_trials_are_of_one_machine(folder, bits_of, monkeypatch, capsys):
+    bits_of(lambda model: 3)
+    monkeypatch.setattr(runs, "machine", lambda processes: {"cpu": "Xeon"})
+
+    def measured_speed(args, model, path):
+        if "streams-2" in path.name:
+            raise RunFailed("failed")
+        found = {"updates_per_second": 2, "bytes_per_token": 1}
+        return {**found, "machine": runs.machine(args.processes)}
+
+    def tuned(trials):
+        return make(folder, "--trials", trials, configs=["good"], budget=("--seconds", 9))
+
+    monkeypatch.setattr(runs, "measured_speed", measured_speed)
+    (folder / "space.yaml").write_text(SPACE.replace("[0.5, 2]", "[0.5, 1, 2]"))
+    first = tuned(4)
+    first.run()
+    failed = [trial["settings"] for trial in first.trials("good") if trial["bits"] is None]
+    assert failed and {settings["streams"] for settings in failed} == {2}
+
+    # Trials that failed ask for no speed any more, those that are new do.
+    monkeypatch.setattr(runs, "machine", lambda processes: {"cpu": "EPYC"})
+    tuned(4).run()
+    with pytest.raises(UserError, match="good is not measured here, .*; go on there, or"):
+        tuned(16).run()
 
 
 def test_a_border_widens_the_space_once(folder, bits_of, monkeypatch):
