@@ -737,16 +737,20 @@ Processes().execute({command}, Path({str(log)!r}), "x", str, str)"""
     killed.kill()
     killed.wait()
 
-    def execute(here, **options):
-        here.execute(command, log, "x", "working".format, lambda text: "done" in text, **options)
+    def execute(here, status=str, **options):
+        here.execute(command, log, "x", status, lambda text: "done" in text, **options)
 
-    stopped = Processes(parallel=2)
+    stopped, begun = Processes(parallel=2), threading.Event()
     with pytest.raises(KeyboardInterrupt):
-        stopped.run([lambda: execute(stopped), stopped.stopping.set])
+        stopped.run(
+            [lambda: execute(stopped, begun.set), lambda: begun.wait() and stopped.stopping.set()]
+        )
     waiting = threading.Thread(target=execute, args=[Processes()])
     waiting.start()
-    while capsys.readouterr().out.count("x: working, by an earlier command that still runs") < 2:
+    printed = ""
+    while printed.count("x: , by an earlier command that still runs") < 2:
         time.sleep(0.02)
+        printed += capsys.readouterr().out
     assert waiting.is_alive()
     go_on.touch()
     waiting.join()
