@@ -107,10 +107,12 @@ def compare(args):
             if args.processes.stopping.wait(5):
                 return
         with lock:
+            known = (folder / f"seed{seed}" / "result.json").is_file()
             try:
                 train_and_evaluate(args, model, folder, seed, updates[model.folder], title)
-                with locked(args.out / "lock"):
-                    report(args, runs, settings, tuned)
+                if not known:
+                    with locked(args.out / "lock"):
+                        report(args, runs, settings, tuned)
             except RunFailed as error:
                 print(f"{title} {error}", flush=True)
                 failures.append(f"{model.title}, seed {seed}")

@@ -119,8 +119,8 @@ def measure_speeds(args, budget, cases, for_times=False, strict=False):
         UserError: the budget is in seconds, and known speeds are of several machines
     """
     folders = [folder for _, folder in cases]
-    other = other_machine(folders)
-    if budget.kind == "seconds" and other:
+    other = budget.kind == "seconds" and other_machine(folders)
+    if other:
         raise UserError(
             f"a budget in seconds needs all speeds from one machine, and {other}; compare models "
             "that have speeds of different machines in different folders"
@@ -134,8 +134,9 @@ def measure_speeds(args, budget, cases, for_times=False, strict=False):
     for number in range(1, args.calibration_rounds + 1):
         for case in list(missing):
             try:
-                other = other_machine(folders, machine(args.processes))
-                if budget.kind == "seconds" and other:
+                if budget.kind == "seconds":
+                    other = other_machine(folders, machine(args.processes))
+                if other:
                     raise NotMeasured(
                         "is not measured here, since a budget in seconds needs all speeds from one "
                         f"machine: {other}; go on there, or compare in another folder"
@@ -156,7 +157,7 @@ def other_machine(folders, here=None):
             if not path.is_file():
                 continue
             speed = json.loads(read(path))
-            there = {**speed["machine"], "device": speed.get("device", "CPU")}
+            there = {**speed.get("machine", {}), "device": speed.get("device", "CPU")}
             here = there if here is None else here
             differences = [
                 f"{key} {there[key]}, not {here[key]}"
