@@ -138,6 +138,25 @@ def test_weights_go_on_learning_from_part_to_part(path, tmp_path, monkeypatch, c
     assert whole[0]["nats"] < static["nats"] - 10
 
 
+def test_sums_are_the_same_to_the_last_bit_however_a_text_is_cut():
+    lines = [b"%d <b>a word</b>\n" % i for i in range(2000)]
+    ends = np.cumsum([len(line) for line in lines])
+    values = np.random.RandomState(1).rand(ends[-1])
+
+    def sums(lines_of_part):
+        blocks, by_kind = texts.Blocks(), kinds.ByKind()
+        for i in range(0, len(lines), lines_of_part):
+            part = b"".join(lines[i : i + lines_of_part])
+            begin = ends[i] - len(lines[i])
+            blocks.add(values[begin : begin + len(part)])
+            by_kind.add(part, values[begin : begin + len(part)])
+        return blocks.sums.tolist(), by_kind.rows()
+
+    whole = sums(len(lines))
+    assert sum(whole[0]) == pytest.approx(values.sum())
+    assert all(sums(size) == whole for size in (1, 7, 300))
+
+
 def test_trained_weights_are_put_back_however_reading_ends(path, monkeypatch):
     model, data = TrainedModel.load(path, cpu=True, collapse=False), text(300)
     parameters = list(model.models[0].parameters())

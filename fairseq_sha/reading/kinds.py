@@ -53,7 +53,8 @@ class ByKind:
         kinds = kinds_of_bytes(text)
         self.counts += np.bincount(kinds, minlength=len(KINDS))
         for totals, of_model in zip(self.totals, bits):
-            totals += np.bincount(kinds, weights=of_model, minlength=len(KINDS))
+            # One after the other, so that totals do not depend on where the parts of a text end.
+            np.add.at(totals, kinds, of_model)
 
     def rows(self):
         """Of each kind that occurs: its name, how many bytes it has, and for each model their bits

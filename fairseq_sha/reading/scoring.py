@@ -32,7 +32,6 @@ class Reader:
         self.trained = trained
         self.path = path
         self.codec = trained.codec
-        self.bits = 0.0
         self.unknown = None if self.codec.lossless else 0
         self._options = options
         self._reading = None
@@ -50,7 +49,6 @@ class Reader:
         self._reading = self.trained.reading(text.chunks(), **self._options)
         for part, tokens, nats in self._reading:
             bits = self.codec.spread(part, nats / math.log(2))
-            self.bits += float(bits.sum())
             if self.unknown is not None:
                 self.unknown += int((tokens == self.codec.dictionary.unk()).sum())
             if on_part is not None:
@@ -61,6 +59,11 @@ class Reader:
     def score(self):
         """See :attr:`~fairseq_sha.trained_model.Reading.score`."""
         return self._reading.score
+
+    @property
+    def bits(self):
+        """What the text cost in all."""
+        return self.score.nats / math.log(2) if self.score else 0.0
 
     def total(self, text):
         """The score in a line."""

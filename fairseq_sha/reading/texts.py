@@ -108,7 +108,8 @@ def lines(text, *arrays):
 
 
 class Blocks:
-    """Sums over stretches of ``BLOCK`` bytes of text; the last one may be shorter."""
+    """Sums over stretches of ``BLOCK`` bytes of text; the last one may be shorter. They are the
+    same to the last bit wherever the parts of the text end."""
 
     def __init__(self):
         self.size = 0
@@ -122,9 +123,7 @@ class Blocks:
         if blocks > len(self._sums):
             # Room for twice as many, so that a long text is not copied again and again.
             self._sums = np.append(self._sums, np.zeros(blocks + len(self._sums)))
-        if len(values):
-            sums = np.bincount(places - places[0], weights=values)
-            self._sums[places[0] : places[-1] + 1] += sums
+        np.add.at(self._sums, places, values)
 
     @property
     def sums(self):
