@@ -94,14 +94,19 @@ def write(folders, destination, reach=(), relative_to=None):
         drawn, complete = {}, False
     sections = []
     if len(comparisons) > 1:
-        joint = tables_of_budgets(comparisons, relative_to)
-        if len({found["settings"]["budget"] for found in comparisons.values()}) > 1:
-            joint.insert(0, joint_table(comparisons, rows, labels))
-        note = "Intervals, machines, versions and commands are given with each comparison below."
+        equal = of_equal_budgets(comparisons)
+        joint = [joint_table(comparisons, rows, labels)] if len(equal) > 1 else []
+        joint += tables_of_budgets(comparisons, equal, relative_to)
+        about = ["Intervals, machines, versions and commands are given with each comparison below."]
+        if len({budget for budget, _ in equal}) < len(equal):
+            about.append(
+                "Comparisons with the same seconds on different machines are in no table together, "
+                "since a model is trained for a different number of updates on each."
+            )
         budgets = [found["settings"]["budget"] for found in comparisons.values()]
         costs, notes = costs_between([*zip(budgets, rows.values())], labels, reach, relative_to)
         sections.append(
-            Section("All comparisons", "", [*joint, *costs], joint_drawn, [note, *notes])
+            Section("All comparisons", "", [*joint, *costs], joint_drawn, [*about, *notes])
         )
     for name, found in comparisons.items():
         tables, notes = summary.report(found, references[name])
@@ -164,25 +169,37 @@ def joint_table(comparisons, rows, labels):
     return summary.Table("Bits per byte, test", ["model", *header], lines)
 
 
-def tables_of_budgets(comparisons, relative_to):
-    """All models of the comparisons that have one budget in one table, for each such budget. Where
-    several have the model ``relative_to``, that of the first is meant."""
-    budgets = {}
+def of_equal_budgets(comparisons):
+    """Names of comparisons with the same budget, by the budget and the machines that they ran on.
+    Machines count for seconds only: other budgets are the same on all of them."""
+    equal = {}
     for name, found in comparisons.items():
-        budgets.setdefault(found["settings"]["budget"], {})[name] = found["runs"]
+        budget, machines = found["settings"]["budget"], None
+        if budget.endswith(" seconds"):
+            machines = frozenset(summary.describe(run, commit=False) for run in found["runs"])
+        equal.setdefault((budget, machines), []).append(name)
+    return equal
+
+
+def tables_of_budgets(comparisons, equal, relative_to):
+    """All models of the comparisons that have one budget in one table, for each such budget, see
+    :func:`of_equal_budgets`. Where several have the model ``relative_to``, that of the first is
+    meant."""
     tables = []
-    for budget, by_name in budgets.items():
+    for (budget, _), members in equal.items():
+        if len(members) == 1:
+            continue
+        by_name = {name: comparisons[name]["runs"] for name in members}
         models = [model for runs in by_name.values() for model in {run["model"] for run in runs}]
         pooled = [
             {**run, "model": f"{run['model']} ({name})"} if models.count(run["model"]) > 1 else run
             for name, runs in by_name.items()
             for run in runs
         ]
-        if len(by_name) > 1:
-            meant = relative_to, *(f"{relative_to} ({name})" for name in by_name)
-            reference = next((run["model"] for run in pooled if run["model"] in meant), None)
-            rows = summary.summarise(pooled, reference)
-            tables.append(summary.main_table(rows, [], {}, reference, f"All models, {budget}"))
+        meant = relative_to, *(f"{relative_to} ({name})" for name in by_name)
+        reference = next((run["model"] for run in pooled if run["model"] in meant), None)
+        rows = summary.summarise(pooled, reference)
+        tables.append(summary.main_table(rows, [], {}, reference, f"All models, {budget}"))
     return tables
 
 

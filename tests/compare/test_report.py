@@ -10,7 +10,7 @@ import pytest
 
 from fairseq_sha.commands import main
 from fairseq_sha.compare import intervals, summary
-from tests.compare.results import BLOCK, MODELS, SIZE, cells_of, comparison
+from tests.compare.results import BLOCK, FAST, MODELS, SIZE, SLOW, cells_of, comparison
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,31 @@ def test_models_of_comparisons_with_one_budget_are_in_one_table(folders, tmp_pat
     assert main(["report", *one_budget, "--to", str(page)]) == 0
     assert "**Bits per byte, test**" in text
     assert "**Bits per byte, test**" not in (page / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "budget, machine, together",
+    [
+        ("720 seconds", SLOW, False),
+        ("720 seconds", {**FAST, "commit": "def456"}, True),  # another commit, the same machine
+        ("1,440 updates", SLOW, True),
+    ],
+)
+def test_seconds_of_two_machines_are_in_no_table_together(tmp_path, budget, machine, together):
+    for name, place in (("a", FAST), ("b", machine)):
+        found = comparison(rivals=False)
+        found["settings"]["budget"] = budget
+        found["runs"] = [{**run, "machine": place} for run in found["runs"]]
+        (tmp_path / name).mkdir()
+        summary.write_results(tmp_path / name / "results.json", found)
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), "--to", str(tmp_path / "page")]
+    assert main(["report", *words]) == 0
+    text = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    assert (f"All models, {budget}" in text) == together
+    assert ("with the same seconds on different machines" in text) != together
+    if not together:
+        row = cells_of(text, "Bits per byte, test")["sha_rnn"]
+        assert list(row)[1:] == [f"{name} ({budget})" for name in "ab"]
 
 
 def refused(capsys, *words):
