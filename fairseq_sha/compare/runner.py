@@ -157,6 +157,9 @@ def load(args):
     args.seeds = list(dict.fromkeys(args.seeds))
     if not args.seeds and not args.space:
         raise UserError("--seeds: name at least one, or tune with --space")
+    if not args.seeds and args.paper_seeds:
+        given = " ".join(map(str, args.paper_seeds))
+        raise UserError(f"--paper-seeds {given}: needs --seeds, which are trained beside them")
     args.paper_seeds = list(
         dict.fromkeys(args.seeds if args.paper_seeds is None else args.paper_seeds)
     )

@@ -408,6 +408,7 @@ def test_bad_space_file_is_one_line(folder, old, new, message):
         (["--trial-seconds", "0"], "--trial-seconds 0: must be positive"),
         (["--parallel", "0"], "--parallel 0: must be positive"),
         (["--seeds", "1", "--paper-seeds", "0", "0"], "--seeds 0: is the seed of all trials"),
+        (["--seeds", "--paper-seeds", "1", "2"], "--paper-seeds 1 2: needs --seeds"),
     ],
 )
 def test_bad_options_are_one_line(folder, options, message):
