@@ -190,7 +190,11 @@ def test_rhn_has_the_published_learning_rate_in_each_epoch():
 def test_recipes_of_the_mogrifier_lstm_drop_states_and_average_weights(name):
     recipe = OmegaConf.load(str(ROOT / "examples" / "enwik8" / f"{name}.yaml"))
     assert recipe.task.drop_state_probability == 0.01
+    per_epoch = 90_000_000 // (recipe.dataset.batch_size * recipe.task.tokens_per_sample)
     assert recipe.dataset.validate_interval_updates == 400
+    assert recipe.optimization.max_update == 100 * 400
+    # Validations at the ends of epochs would count, too.
+    assert recipe.dataset.validate_interval * per_epoch > recipe.optimization.max_update
     averaging = {key: value for key, value in recipe.task.items() if key.startswith("average")}
     expected = {"average_weights": "stalled", "average_patience": 10, "average_latest": 80}
     assert averaging == expected
