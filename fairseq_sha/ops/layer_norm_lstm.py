@@ -9,6 +9,7 @@ from fairseq_sha.ops.products import (
     add_product,
     loop_types,
     product,
+    transposed,
     weight_gradient,
     without_autocast,
 )
@@ -56,13 +57,11 @@ def _forward(eps, from_input, h0, c0, weight, gain, bias, cell_gain, cell_bias):
     all_gates = from_input.clone(memory_format=torch.contiguous_format)
     products = torch.zeros_like(all_gates)
     states, cells = (h0.new_empty(*from_input.shape[:2], width) for _ in range(2))
-    transposed = weight.t()
-    if len(from_input) > 1:  # a single step would take less time than the copy
-        transposed = transposed.contiguous()
+    weight = transposed(weight, len(from_input))
     h, c = h0, c0
     steps = zip(*(tensor.unbind() for tensor in (products, all_gates, states, cells)))
     for product_t, gates, h_t, c_t in steps:
-        add_product(product_t, h, transposed)
+        add_product(product_t, h, weight)
         gates.add_(F.layer_norm(product_t, [4 * width], gain, bias, eps))
         gates[:, : 2 * width].sigmoid_()
         i, f, g, o = gates.chunk(4, 1)

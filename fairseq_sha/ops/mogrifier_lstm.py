@@ -10,6 +10,7 @@ from fairseq_sha.ops.products import (
     add_product,
     loop_types,
     product,
+    transposed,
     weight_gradient,
     without_autocast,
 )
@@ -92,14 +93,14 @@ def _forward(gates, mask, x, h0, c0, weight_x, weight_h, bias, *maps):
     shape = x.shape[:2]
     states, cells = (x.new_empty(*shape, width) for _ in range(2))
     if rounds:
-        weight = torch.cat([weight_x, weight_h], 1).t().contiguous()
+        from_x = transposed(weight_x, len(x))
         all_gates = bias.repeat(*shape, 1)
     else:
         # Without rounds, no input depends on the state: one product for all steps.
-        weight = weight_h.t().contiguous()
         all_gates = product(x, weight_x.t()) + bias
-    downs = [a if a is None else a.t().contiguous() for a, _, _ in rounds]
-    ups = [b.t().contiguous() for _, b, _ in rounds]
+    from_h = transposed(weight_h, len(x))
+    downs = [a if a is None else transposed(a, len(x)) for a, _, _ in rounds]
+    ups = [transposed(b, len(x)) for _, b, _ in rounds]
     factors = [offset.repeat(*shape, 1) for _, _, offset in rounds]
     h, c = h0, c0
     steps = zip(x.unbind(), all_gates.unbind(), states.unbind(), cells.unbind())
@@ -114,7 +115,9 @@ def _forward(gates, mask, x, h0, c0, weight_x, weight_h, bias, *maps):
                 y = y * factor
             else:
                 x_t = x_t * factor
-        add_product(gates_t, torch.cat([x_t, y], 1) if rounds else y, weight)
+        if rounds:
+            add_product(gates_t, x_t, from_x)
+        add_product(gates_t, y, from_h)
         gates_t[:, :width].tanh_()
         gates_t[:, width:].sigmoid_()
         j, f, *i, o = gates_t.chunk(gates.rows, 1)

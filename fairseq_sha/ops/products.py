@@ -24,6 +24,12 @@ def without_autocast(x):
     return torch.autocast(device, enabled=False)
 
 
+def transposed(weight, steps):
+    """The transpose of a matrix for a loop of ``steps`` products. Each of them is faster with a
+    contiguous one, but the copy takes longer than a single product."""
+    return weight.t().contiguous() if steps > 1 else weight.t()
+
+
 def product(x, weight):
     """``x @ weight`` in the type of the weight, returned in the type of ``x``."""
     return (x.to(weight.dtype) @ weight).to(x.dtype)

@@ -4,7 +4,13 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from fairseq_sha.ops.products import add_product, loop_types, product, without_autocast
+from fairseq_sha.ops.products import (
+    add_product,
+    loop_types,
+    product,
+    transposed,
+    without_autocast,
+)
 
 
 def recurrent_highway(from_x, s0, weights, biases, mask=None):
@@ -46,7 +52,7 @@ def _forward(mask, from_x, s0, weights, biases):
     gates = biases[:, None, None].repeat(1, *from_x.shape[:2], 1)
     gates[0] += from_x
     states = from_x.new_empty(*gates.shape[:3], width)
-    columns = [weight.t().contiguous() for weight in weights]
+    columns = [transposed(weight, len(from_x)) for weight in weights]
     steps = zip(zip(*(g.unbind() for g in gates)), zip(*(s.unbind() for s in states)))
     s = s0
     for gates_t, states_t in steps:
