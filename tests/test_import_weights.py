@@ -201,7 +201,7 @@ def test_eval_lm_gives_the_reference_s_bits_per_byte(make, monkeypatch, caplog, 
     assert float(printed) == pytest.approx(float(bits), abs=1e-4)
 
 
-def test_command_and_finetuning(make, tmp_path):
+def test_command_and_finetuning(make, tmp_path, capsys):
     imported = make("sha_rnn", first("sha_rnn"))
     (window,) = settings("sha_rnn", imported.case)
     options = ["--weights", imported.weights, "--symbols", imported.symbols]
@@ -212,6 +212,8 @@ def test_command_and_finetuning(make, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{imported.save}: sha_rnn with {window}, for {imported.data}\n"
+    assert commands.main(["import-weights", "sha_rnn", *map(str, options)]) == 1
+    assert f"{imported.save}: exists already" in capsys.readouterr().err
 
     cfg = FAMILIES["sha_rnn"].published.sizes(golden.parameters(imported.case))
     attends = ",".join(map(str, cfg.pop("attention_layers"))) or "[]"
@@ -586,6 +588,7 @@ def test_pieces_may_be_listed(tmp_path):
     for newline, count in (("Ċ", ""), ("<eos>", " 7")):
         lines = (newline if symbol == "Ċ" else symbol for symbol in imported.rows)
         imported.symbols.write_text("".join(f"{line}{count}\n" for line in lines), "utf-8")
+        imported.save.unlink()
         assert imported.run() == 0
         actual = torch.load(imported.save, weights_only=True)["model"]
         assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -9,6 +9,9 @@ from fairseq_sha.errors import UserError
 #: Tokens of a segment, and what is added to the roots of the statistics.
 SEGMENT = 32
 EPSILON = 1e-5
+#: What the statistics are collected from: batches of train, and segments of each.
+BATCHES = 500
+STREAMS = 16
 
 
 def add_dynamic_arguments(parser, several=False):
@@ -70,16 +73,16 @@ def add_statistics_arguments(parser):
     parser.add_argument(
         "--statistics-segments",
         type=int,
-        default=500,
         metavar="N",
-        help="for rms: batches of train whose gradients are measured (default: %(default)s)",
+        help="for rms: batches of train whose gradients are measured "
+        f"(default: {BATCHES}, or as in the file)",
     )
     parser.add_argument(
         "--statistics-streams",
         type=int,
-        default=16,
         metavar="N",
-        help="segments of each of them, from as many parts of train (default: %(default)s)",
+        help="segments of each of them, from as many parts of train; with --context-window, "
+        f"windows that follow one another (default: {STREAMS}, or as in the file)",
     )
 
 
@@ -167,13 +170,14 @@ def gradient_statistics(args, trained, context=0):
     }
     task, model = trained.task, trained.models[0]
     collects = hasattr(args, "statistics_segments")
+    asked = {}
     if collects:
         task.load_dataset("train")
         train = task.dataset("train")
         settings["training text"] = train.fingerprint()
-        settings["streams"] = args.statistics_streams
-        settings["segments"] = args.statistics_segments
+        asked = {"streams": args.statistics_streams, "segments": args.statistics_segments}
     if path.exists():
+        settings.update({name: value for name, value in asked.items() if value is not None})
         return Statistics.load(path, settings, trained.device)
     if not collects:
         raise UserError(
@@ -181,9 +185,11 @@ def gradient_statistics(args, trained, context=0):
             "--dynamic rms, which has the data folder"
         )
     check_new([path])
-    policy = task.evaluation_policy(args.statistics_streams, segment, context)
+    settings["streams"] = asked["streams"] or STREAMS
+    settings["segments"] = asked["segments"] or BATCHES
+    policy = task.evaluation_policy(settings["streams"], segment, context)
     batches = policy.batches(train, "train", task.codec)
-    number = min(args.statistics_segments, len(batches))
+    number = min(settings["segments"], len(batches))
     pairs = ((batches[i], batches.rows(i)) for i in range(number))
     statistics = Statistics(collect(model, pairs), settings)
     statistics.save(path)

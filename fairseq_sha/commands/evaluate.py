@@ -45,8 +45,7 @@ from fairseq_sha.commands.dynamic_options import (
 )
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
-
-BLOCK = 10_000  # bytes of text behind each entry of the blocks in --json
+from fairseq_sha.reading.texts import BLOCK
 
 
 def add_arguments(parser):
@@ -109,6 +108,7 @@ def run(args):
     trained = load_model(args, allow_stock=True)
     # What is wrong is found before hours of reading.
     policy_of(trained.task, args)
+    trained.task.load_dataset(args.split)
     mark = dynamic = None
     if args.fit_temperature:
         trained.task.load_dataset(args.fit_temperature)
@@ -150,7 +150,6 @@ def evaluate_split(trained, args, policy=None):
     from fairseq_sha.evaluation.evaluate import evaluate
 
     task, model = trained.task, trained.models[0]
-    task.load_dataset(args.split)
     corpus, policy = task.dataset(args.split), policy or policy_of(task, args)
     started = time.perf_counter()
     score, costs = evaluate(model, corpus, args.split, task.codec, policy, progress=True)

@@ -15,6 +15,10 @@ weights get probability zero. An adaptive softmax has no place for such symbols:
 a data folder whose dictionary is in the order of the weights.
 """
 
+from pathlib import Path
+
+from fairseq_sha.commands.common import check_new
+
 
 def add_arguments(parser):
     """Declare the options."""
@@ -42,6 +46,7 @@ def run(args):
     """Write the checkpoint."""
     import logging
 
+    check_new([Path(args.save)])
     logging.getLogger().setLevel(logging.WARNING)  # fairseq makes the log of all packages verbose
     from fairseq_sha import weights_import
     from fairseq_sha.models.embeddings import AdaptiveConfig

@@ -3,8 +3,8 @@
     fairseq-sha tune-dynamic data-bin/enwiki6 --path checkpoint.pt --dynamic sgd rms
 
 Every learning rate is tried with every decay on the first --tokens of valid; a learning rate of 0
-is the static score. Prints this grid, and the options of the best for fairseq-sha evaluate and
-score.
+is the static score. Prints this grid, and the options of the best for fairseq-sha evaluate and,
+without --context-window, score.
 
 --score test also scores that split, statically and with the choice of each rule, in one stream and
 in the same segments. With --out FOLDER, the figures of this model become FOLDER/NAME.json, with the
@@ -81,8 +81,11 @@ def run(args):
         check_new([args.out / f"{name}.json"])
         rows_of(args)  # raises an error before hours of reading
     trained = load_model(args, allow_stock=True)
-    if "rms" in args.dynamic and statistics_path(args).exists():
-        gradient_statistics(args, trained, args.context_window)  # raises an error if they are wrong
+    if "rms" in args.dynamic:  # what is wrong with statistics is found before hours of reading
+        if statistics_path(args).exists():
+            gradient_statistics(args, trained, args.context_window)
+        else:
+            check_new([statistics_path(args)])
     figures = tune_and_score(trained, args)
     if args.out:
         content = {"model": name, **figures}
@@ -229,12 +232,14 @@ def peak_of_process():
 
 
 def options(rule, point, args):
-    """What to give to other commands."""
+    """What to give to ``fairseq-sha evaluate``."""
     words = [f"--dynamic {rule} --dynamic-lr {point[0]:g} --dynamic-decay {point[1]:g}"]
     for option in ("segment", "epsilon", "statistics"):
         value = getattr(args, f"dynamic_{option}")
         if value is not None and (option == "segment" or rule == "rms"):
             words.append(f"--dynamic-{option} {value}")
+    if args.context_window:
+        words.append(f"--context-window {args.context_window}")
     return " ".join(words)
 
 

@@ -12,7 +12,7 @@ from fairseq_sha.data.codecs import PART
 from fairseq_sha.data.pieces import LONGEST_LINE
 from fairseq_sha.data.pieces import lines as split_lines
 
-BLOCK = 10_000  # bytes of text behind each entry of Blocks
+BLOCK = 10_000  # bytes of each stretch of a text whose costs are added up
 
 
 class Text:

@@ -23,7 +23,7 @@ from fairseq_sha.models.segment_decoder import SegmentDecoder
 from fairseq_sha.ops.lstm import lstm
 from tests.commands import command
 from tests.conftest import golden_cases
-from tests.options import SHA_RNN
+from tests.options import SHA_RNN, options_of
 from tests.tiny_corpus import text, write_folder
 
 CASES = golden_cases("dynamic_eval")
@@ -500,8 +500,7 @@ def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
         assert (figures["lr"], figures["decay"]) == min(finite, key=finite.get)
         choice = re.search(rf"best: (--dynamic {rule} .*)", out)[1]
         assert choice.startswith(f"--dynamic {rule} --dynamic-lr {figures['lr']:g}")
-        statistics = FEW if rule == "rms" else ""
-        run("evaluate", data, "--path", own, "--cpu --json", tmp_path / rule, choice, statistics)
+        run("evaluate", data, "--path", own, "--cpu --json", tmp_path / rule, choice)
         score = json.loads((tmp_path / rule).read_text())["dynamic"]
         assert score["nats"] == figures["nats"] and score["policy"] == figures["policy"]
     assert row["rms"]["nats"] < row["static"]["nats"]
@@ -513,6 +512,34 @@ def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
     words = ["tune-dynamic", data, "--path", path, "--dynamic", "sgd", "--score", "test"]
     assert main([*map(str, words), "--dynamic-segment", "21", "--out", str(folder)]) == 1
     assert "small.json: is of split test and segments of 20" in capsys.readouterr().err
+
+
+def test_choice_for_windows_names_their_context(data, tmp_path, capsys):
+    options = options_of(FAMILIES["rotary_transformer"])
+    done = command("fairseq-train", data, f"{options} --max-update 5 --save-dir {tmp_path}")
+    assert done.returncode == 0, done.stdout
+    model = [data, "--path", tmp_path / "checkpoint_last.pt", "--cpu"]
+    words = "--dynamic sgd --dynamic-lr 0.01 --dynamic-decay 0 --dynamic-segment 7"
+    words += " --context-window 12 --tokens 90 --score test --name windows --out"
+    run("tune-dynamic", *model, words, tmp_path / "figures")
+    choice = re.search(r"best: (--dynamic [^(]*)", capsys.readouterr().out)[1]
+    run("evaluate", *model, choice, "--tokens-per-sample 20 --json", tmp_path / "score.json")
+    (tuned,) = [json.loads(p.read_text()) for p in (tmp_path / "figures").glob("*.json")]
+    score = json.loads((tmp_path / "score.json").read_text())["dynamic"]
+    assert score["nats"] == tuned["sgd"]["nats"] and score["policy"] == tuned["sgd"]["policy"]
+
+
+def test_what_is_missing_is_found_before_statistics_are_collected(data, path, tmp_path, capsys):
+    words = [data, "--path", path, "--cpu", "--dynamic rms --dynamic-lr 0.1 --dynamic-statistics"]
+    for name, options, named in (
+        ("evaluate", f"{tmp_path}/rms.npz --split tset", "tset.idx: no such file"),
+        ("tune-dynamic", f"{tmp_path}/none/rms.npz", "rms.npz: its folder is missing"),
+    ):
+        arguments = [name, *words, options]
+        assert main([word for part in arguments for word in str(part).split()]) == 1
+        captured = capsys.readouterr()
+        assert named in captured.err and not captured.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_statistics_are_found_before_tuning(data, path, tmp_path, capsys):
