@@ -16,7 +16,6 @@ segments of this size, and a number of lines that is a multiple of the number of
 segment is a line. The same options and seed give the same files.
 """
 
-import argparse
 import string
 import tempfile
 
@@ -57,7 +56,7 @@ def parse(argv):
     for name, (default, text) in options.items():
         parser.add_argument(
             f"--{name}",
-            type=positive,
+            type=data_bin.positive,
             default=default,
             metavar="N",
             help=f"{text} (default: %(default)s)",
@@ -68,12 +67,6 @@ def parse(argv):
     if args.alphabet > len(string.ascii_lowercase):
         parser.error(f"--alphabet {args.alphabet}: there are 26 letters; use less")
     return args
-
-
-def positive(text):
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def parts(count):

@@ -24,7 +24,6 @@ special symbols. Without it, the vocabulary is the words that occur at least 3 t
 others are <unk>.
 """
 
-import argparse
 import contextlib
 import os
 import tarfile
@@ -78,7 +77,7 @@ def parse(argv):
     parser.add_argument("--vocabulary", metavar="FILE", help="words, the first field of each line")
     parser.add_argument(
         "--min-count",
-        type=positive,
+        type=data_bin.positive,
         metavar="N",
         help=f"words that occur less often in train are <unk> (default: {MIN_COUNT})",
     )
@@ -88,12 +87,6 @@ def parse(argv):
         parser.error("--vocabulary has the words in its own order: no --min-count or --order")
     args.min_count = args.min_count or MIN_COUNT
     return args
-
-
-def positive(text):
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
 
 
 def wanted_names(shards):

@@ -78,21 +78,21 @@ def parse(argv):
     add_sizes(parser)
     parser.add_argument(
         "--min-count",
-        type=positive,
+        type=data_bin.positive,
         default=MIN_COUNT,
         metavar="N",
         help="words that occur less often in train are <unk> (default: %(default)s)",
     )
     parser.add_argument(
         "--max-size",
-        type=positive,
+        type=data_bin.positive,
         metavar="N",
         help="size of the dictionary, with the four special symbols; rarer words are <unk>",
     )
     word_data_bin.add_order(parser)
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=data_bin.positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes that tokenize (default: one for each core)",
@@ -104,12 +104,6 @@ def parse(argv):
     if args.detokenize is not None and args.output is None:
         parser.error("--detokenize needs --output")
     return args
-
-
-def positive(text):
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
 
 
 def sacremoses(lang):

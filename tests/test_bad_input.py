@@ -191,6 +191,10 @@ OPTIONS = {
         "--drop-state-probability 1.5",
         "--drop-state-probability 1.5: must be from 0 to 1",
     ),
+    "drop no state": (
+        "--drop-state-probability 0.1 --random-windows",
+        "--drop-state-probability 0.1: has no use with --random-windows",
+    ),
     "restore another size": (
         "--restore-file {checkpoints}/SHARNN.pt --width 24",
         "the checkpoint is of another model or other sizes",
@@ -204,6 +208,11 @@ OF_OTHER_FAMILIES = {
         "AdaptiveSpan",
         "--criterion cross_entropy",
         "--criterion cross_entropy: would leave out .* use cross_entropy_with_auxiliary_losses",
+    ),
+    "drop state of windows": (
+        "SparseTransformer",
+        "--drop-state-probability 0.1",
+        "--drop-state-probability 0.1: --arch sparse_transformer carries no state in training",
     ),
     "odd width": ("TransformerXL", "--width 15 --n-head 3", "--width 15: must be even"),
     "memory": ("TransformerXL", "--mem-len -1", "--mem-len -1: must be at least"),

@@ -103,6 +103,13 @@ def argument_parser(description, all_bytes=True):
     return parser
 
 
+def positive(text):
+    """A whole number of at least 1, as a type of argparse's options."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def checked_dest(dest):
     """``dest`` as an absolute path.
 

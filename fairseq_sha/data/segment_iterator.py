@@ -7,6 +7,7 @@ from fairseq.data.iterators import EpochBatchIterator
 
 from fairseq_sha import compatibility
 from fairseq_sha.checkpoints import check_codec
+from fairseq_sha.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,15 @@ class SegmentIterator(EpochBatchIterator):
         segments of it, begin the epoch again, from nothing, and say so.
 
         Raises:
-            UserError: token ids had another meaning
+            UserError: token ids had another meaning, or the weights are averages and this run takes
+                none
         """
+        averaged = state_dict.get("averaged")
+        if self.averaged is None and averaged and averaged["trained"] is not None:
+            raise UserError(
+                "the weights of this checkpoint are averages; go on with --average-weights, or "
+                "start from the averages with --reset-dataloader"
+            )
         if self.codec is not None:
             check_codec(state_dict, self.codec)
         saved, own = state_dict.get("segmentation"), self.dataset.segmentation()
@@ -138,8 +146,8 @@ class SegmentIterator(EpochBatchIterator):
             state_dict = {**state_dict, "iterations_in_epoch": 0, "carried": None}
         super().load_state_dict(state_dict)
         self.restored = {"patience": state_dict.get("patience")}
-        if self.averaged is not None and state_dict.get("averaged"):
-            self.averaged.load_state_dict(state_dict["averaged"])
+        if self.averaged is not None and averaged:
+            self.averaged.load_state_dict(averaged)
         if self.carried is None:
             return
         carried = state_dict.get("carried")

@@ -135,7 +135,7 @@ class AWDLSTMDecoder(SegmentDecoder):
                 nn.init.uniform_(parameter, -BOUND, BOUND)
 
     def auxiliary_losses(self, done, targets, further_targets=None):
-        """AR and TAR (arXiv 1708.02182, section 4.5): means over all elements, as in the published
+        """AR and TAR (arXiv 1708.02182, section 4.6): means over all elements, as in the published
         code; the paper has norms of vectors."""
         losses = {}
         if self.activation_penalty > 0:

@@ -216,6 +216,7 @@ class RotaryTransformerDecoder(SegmentDecoder):
         self.head_width = cfg.width // cfg.n_head
         self.rotary_base = cfg.rotary_base
         self.longest_window = cfg.eval_memory + 1
+        self.has_training_state = cfg.memory > 0
         nn.init.normal_(self.embedding.weight, std=STD)
         for name, parameter in self.layers.named_parameters():
             if name.endswith("output.weight"):  # what is added to the residual stream

@@ -80,6 +80,8 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     #: The longest window whose tokens all see each other, for a model that may also be evaluated in
     #: windows that overlap, each from nothing. 0 for one that needs the state of all text before.
     longest_window = 0
+    #: Whether there is a state between segments in training, too.
+    has_training_state = True
     #: Whether training needs a criterion that adds :meth:`auxiliary_losses`.
     has_auxiliary_losses = False
     #: Dimensions of ``[T, B, H]`` along which the dropout of input and output shares one mask.

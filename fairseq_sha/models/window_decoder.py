@@ -33,6 +33,8 @@ class WindowDecoder(SegmentDecoder):
         **kwargs: for :class:`SegmentDecoder`
     """
 
+    has_training_state = False
+
     def __init__(self, dictionary, layers, width, window, eval_stride, **kwargs):
         super().__init__(dictionary, layers, width, **kwargs)
         self.window = self.longest_window = window

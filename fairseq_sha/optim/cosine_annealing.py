@@ -57,6 +57,11 @@ class CosineAnnealing(FairseqLRScheduler):
                 f"--lr {list(cfg.lr)}: --lr-scheduler cosine_annealing takes one; for one an "
                 "epoch use --lr-scheduler fixed"
             )
+        if cfg.warmup_updates == 1 and not cfg.warmup_skips_zero:
+            raise UserError(
+                "--warmup-updates 1: all learning rates would be 0, as that of the first update "
+                "is; add --warmup-skips-zero, or give 0 or at least 2"
+            )
         if cfg.max_update <= 0:
             raise UserError(
                 f"--max-update {cfg.max_update}: --lr-scheduler cosine_annealing needs the number "

@@ -274,13 +274,14 @@ class SegmentLanguageModelingTask(FairseqTask):
             self.model.decoder.total_updates = self.cfg.max_update
             if self.cfg.compile:
                 self.model.decoder.compile_layers()
-        elif self.is_training and self.cfg.drop_state_probability > 0:
-            raise UserError(
-                f"--drop-state-probability {self.cfg.drop_state_probability}: --arch {cfg._name} "
-                "carries no state; leave it out"
-            )
         elif self.is_training and self.cfg.compile:
             raise UserError(f"--compile: not supported for --arch {cfg._name}; leave it out")
+        if self.is_training and self.cfg.drop_state_probability > 0:
+            if not (self.carries_state() and self.model.decoder.has_training_state):
+                raise UserError(
+                    f"--drop-state-probability {self.cfg.drop_state_probability}: --arch "
+                    f"{cfg._name} carries no state in training; leave it out"
+                )
         if self.is_training and str(self.cfg.average_weights) != "never":
             self.averaged = self._averaged_weights()
         return self.model
@@ -322,6 +323,11 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise UserError(
                 "--random-start: has no use with --random-windows, which begin anywhere; leave it "
                 "out"
+            )
+        if self.cfg.random_windows and self.cfg.drop_state_probability > 0:
+            raise UserError(
+                f"--drop-state-probability {self.cfg.drop_state_probability}: has no use with "
+                "--random-windows, which carry no state; leave it out"
             )
         self._check_valid_subsets()
         replace_damaged_last_checkpoint(self.cfg.save_dir)
@@ -502,6 +508,8 @@ class SegmentLanguageModelingTask(FairseqTask):
     def begin_attempt(self):
         """Forget the segments of an attempt at an update that came to nothing."""
         self._segment_lengths = []
+        if self.model is not None and self.carries_state():
+            self.model.decoder.carried.end_attempt()
 
     def optimizer_step(self, optimizer, model, update_num):
         """fairseq's hook. After the update, parameters are clamped to the model's bounds and
@@ -743,7 +751,7 @@ class SegmentLanguageModelingTask(FairseqTask):
             if context + length > longest:
                 raise UserError(
                     f"--tokens-per-sample {context + length}: windows of this model have at most "
-                    f"{longest} tokens; use fewer, or override a setting such as eval_memory"
+                    f"{longest} tokens; use fewer"
                 )
         return Sliding(batch_size, context, length)
 

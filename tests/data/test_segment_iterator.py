@@ -176,6 +176,15 @@ def test_model_without_state_resumes_in_silence(corpus, caplog):
     assert next_segment(resumed) == "train:1:3" and not caplog.text
 
 
+def test_averages_are_not_trained_on_in_silence(corpus):
+    saved = state_after(iterator(corpus), 3)
+    not_begun = {"costs": [1.0], "updates": None, "trained": None}
+    iterator(corpus).load_state_dict({**saved, "averaged": not_begun})
+    begun = {"costs": [1.0], "updates": 2, "trained": {"weight": torch.zeros(1)}}
+    with pytest.raises(UserError, match="are averages; go on with --average-weights"):
+        iterator(corpus).load_state_dict({**saved, "averaged": begun})
+
+
 def test_codec_is_saved_and_compared(corpus, tmp_path):
     def with_codec(codec):
         return iterator(corpus, codec=codec)

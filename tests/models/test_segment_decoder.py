@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from fairseq.models import FairseqLanguageModel
 from torch import nn
 
 from fairseq_sha.models.segment_decoder import SegmentDecoder
+from fairseq_sha.tasks.segment_language_modeling import SegmentLanguageModelingTask
 from tests.conftest import dictionary_of
 
 
@@ -203,6 +205,20 @@ def test_lost_segment_is_said_and_the_state_before_it_used(decoder, caplog):
         start = feed(decoder, "train:1:4")
     torch.testing.assert_close(start, saved.transpose(0, 1).expand(-1, 3, -1))
     assert "segments 2 to 3 of epoch 1 were lost" in caplog.text
+
+
+def test_segment_after_one_that_ran_out_of_memory_can_be_fed_again(decoder):
+    """The batch that is lost in its backward pass has left its state, and no update ends."""
+    task = object.__new__(SegmentLanguageModelingTask)
+    task.model = FairseqLanguageModel(decoder)
+    starts = []
+    for segment in (0, 1, 2, 2):
+        task.begin_attempt()
+        decoder.set_num_updates(0)
+        starts.append(feed(decoder, f"train:1:{segment}"))
+        if segment != 1:
+            decoder.carried.end_attempt()  # the task's optimizer_step, after which scales overflow
+    assert not started_from_nothing(starts[3]) and torch.equal(starts[2], starts[3])
 
 
 @pytest.mark.parametrize("other", ["valid:1:3", "valid:1:0"])

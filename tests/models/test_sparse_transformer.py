@@ -253,6 +253,11 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
     assert [call for call in seen if call[1]] == [((7, 5, 16), 0.4)] * 6
 
 
+@pytest.mark.parametrize("pattern", ["strided", "dense"])
+def test_patterns_without_summaries_take_any_stride(pattern):
+    decoder(pattern=pattern, stride=5, summary=3, num_summaries=4)
+
+
 @pytest.mark.parametrize(
     "fields, named",
     [

@@ -161,7 +161,7 @@ def test_missing_sacremoses(runner):
         ((), "one of the arguments --input --detokenize"),
         (("--input", "x"), "--input needs --dest"),
         (("--detokenize", "x"), "--detokenize needs --output"),
-        (("--input", "x", "--dest", "y", "--min-count", "0"), "not a number above 0"),
+        (("--input", "x", "--dest", "y", "--min-count", "0"), "not a positive whole number"),
         (("--input", "x", "--dest", "y", "--valid-bytes", "9"), "need each other"),
     ],
 )

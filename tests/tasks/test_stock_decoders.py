@@ -148,4 +148,4 @@ def test_there_is_no_state_to_drop(data, tmp_path, monkeypatch):
     options = f"--arch lstm_lm {STOCK['lstm_lm']} {TRAINING} --save-dir {tmp_path}/out"
     options += " --criterion cross_entropy --max-update 2 --drop-state-probability 0.1"
     message = message_of("train", data, options, monkeypatch)
-    check(message, "--drop-state-probability 0.1: --arch lstm_lm carries no state; leave it out")
+    check(message, "--drop-state-probability 0.1: --arch lstm_lm carries no state in training;")
