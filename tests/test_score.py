@@ -482,7 +482,9 @@ def run_against(paths, data, tmp_path, capsys, *options):
     return capsys.readouterr().out
 
 
-def test_two_models_are_compared_by_byte_line_and_kind(paths, tmp_path, capsys):
+@pytest.mark.parametrize("part", [texts.PART, 100])
+def test_two_models_are_compared_by_byte_line_and_kind(paths, tmp_path, capsys, monkeypatch, part):
+    monkeypatch.setattr(texts, "PART", part)
     data = text(2000, seed=6)
     out = run_against(paths, data, tmp_path, capsys, "--json", str(tmp_path / "r.json"))
     a, b = (TrainedModel.load(path, cpu=True).bits(data) for path in paths)

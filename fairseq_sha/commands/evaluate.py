@@ -45,7 +45,8 @@ from fairseq_sha.commands.dynamic_options import (
 )
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
-from fairseq_sha.reading.texts import BLOCK
+
+BLOCK = 10_000  # bytes of text behind each entry of the blocks in --json
 
 
 def add_arguments(parser):

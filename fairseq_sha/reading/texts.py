@@ -12,7 +12,7 @@ from fairseq_sha.data.codecs import PART
 from fairseq_sha.data.pieces import LONGEST_LINE
 from fairseq_sha.data.pieces import lines as split_lines
 
-BLOCK = 10_000  # bytes of each stretch of a text whose costs are added up
+BLOCK = 10_000  # bytes of text behind each entry of Blocks
 
 
 class Text:
@@ -29,9 +29,11 @@ class Text:
         self._file = file
 
     def chunks(self):
-        """The text from its beginning, in bytes objects of at most ``PART`` bytes."""
-        self._file.seek(0)
-        return iter(lambda: self._file.read(PART), b"")
+        """The text from its beginning, in bytes objects of at most ``PART`` bytes. Several may be
+        read at the same time."""
+        for start in range(0, self.size, PART):
+            self._file.seek(start)
+            yield self._file.read(PART)
 
 
 @contextlib.contextmanager
