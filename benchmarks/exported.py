@@ -42,9 +42,11 @@ class InOnnxruntime:
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(path, options)
         self.shapes = json.loads(self.session.get_modelmeta().custom_metadata_map["state"])
+        types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+        self.types = {tensor.name: types[tensor.type] for tensor in self.session.get_inputs()}
 
     def start(self):
-        return [np.zeros([s[0], 1, *s[2:]], np.float32) for s in self.shapes.values()]
+        return [np.zeros([s[0], 1, *s[2:]], self.types[n]) for n, s in self.shapes.items()]
 
     def read(self, tokens, state):
         logits, *state = self.session.run(None, {"tokens": tokens, **dict(zip(self.shapes, state))})

@@ -45,7 +45,7 @@ def steps_per_second(model, length):
         if first > 1:
             for segment in tokens[:, : first - 1].split(SEGMENT, 1):
                 _, left = model.decoder.read(segment.t(), left)
-            model.decoder.keep_state_of_generation(state, left)
+            model.decoder.set_generation_state(state, left)
     for now in range(first, length + 1):
         start = time.perf_counter()
         model.decoder(tokens[:, :now], incremental_state=state)

@@ -12,11 +12,12 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 BYTES = ByteCodec.from_symbols([*SPECIAL, *(str(byte) for byte in b"abcdefgh ")])
 
 
-def write(path, codec=BYTES, seed=1, family="sha_rnn", tokens_per_sample=40):
-    """Write the checkpoint of a tiny model that is sure of what it predicts; returns its path."""
+def write(path, codec=BYTES, seed=1, family="sha_rnn", tokens_per_sample=40, **fields):
+    """Write the checkpoint of a tiny model that is sure of what it predicts; returns its path.
+    ``fields`` are settings of the model that differ from the family's tiny ones."""
     torch.manual_seed(seed)
     chosen = FAMILIES[family]
-    cfg = OmegaConf.structured(chosen.config(**chosen.tiny.model))
+    cfg = OmegaConf.structured(chosen.config(**{**chosen.tiny.model, **fields}))
     task = make_task(codec, "/nowhere")
     task.cfg.tokens_per_sample = tokens_per_sample
     model = chosen.model.build_model(cfg, task)

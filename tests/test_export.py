@@ -12,11 +12,13 @@ from omegaconf import OmegaConf
 
 from fairseq_sha import UserError, commands, onnx_export
 from fairseq_sha.checks import torch_is_at_least
+from fairseq_sha.continuations import continue_until
 from fairseq_sha.data import data_bin, piece_data_bin
 from fairseq_sha.data.codecs import CODECS, WordCodec
 from fairseq_sha.models.family import FAMILIES as BY_NAME
 from fairseq_sha.trained_model import TrainedModel
 from fairseq_sha.weights_import import make_checkpoint, make_task
+from tests import random_checkpoint
 from tests.commands import REPOSITORY
 from tests.options import FAMILIES
 from tests.tasks.test_words import write_words
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.skipif(
     not CAN_EXPORT, reason="needs torch 2.6 or newer, onnx, onnxscript and onnxruntime"
 )
 
+TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 #: The others begin a new window now and then, which a graph cannot.
 EXPORTED = [f.model.__name__ for f in BY_NAME.values() if "eval_stride" not in f.tiny.model]
 
@@ -38,9 +41,10 @@ def run_session(path, segments):
 
     session = onnxruntime.InferenceSession(str(path))
     shapes = json.loads(session.get_modelmeta().custom_metadata_map["state"])
+    types = {tensor.name: tensor.type for tensor in session.get_inputs()}
     streams = segments[0].shape[1]
     state = {
-        name: np.zeros([shape[0], streams, *shape[2:]], np.float32)
+        name: np.zeros([shape[0], streams, *shape[2:]], TYPES[types[name]])
         for name, shape in shapes.items()
     }
     out = []
@@ -89,6 +93,21 @@ def test_models_that_begin_new_windows_are_refused(checkpoints, tmp_path, family
     with pytest.raises(UserError, match="cannot be exported: this model begins a new window"):
         onnx_export.export(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_example_generates_from_an_exported_model_with_ngrams(tmp_path):
+    """Their state is the tokens before, which are no floats."""
+    path = random_checkpoint.write(tmp_path / "model.pt", ngram_orders=[2, 3], ngram_buckets=50)
+    model = TrainedModel.load(path, cpu=True)
+    onnx_export.export(model, tmp_path / "model.onnx")
+    segments = np.split(np.random.randint(4, 12, (12, 3)), 12)
+    exported = run_session(tmp_path / "model.onnx", segments)
+    np.testing.assert_allclose(exported, read(model, segments), atol=1e-4, rtol=1e-4)
+    words = [sys.executable, "examples/onnx/generate.py", tmp_path / "model.onnx", "abc"]
+    words += ["--length", 20, "--temperature", 0]
+    done = subprocess.run([str(word) for word in words], cwd=str(REPOSITORY), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"abc" + continue_until(model, b"abc", [], 20, beam=1)
 
 
 def altered(checkpoint, folder, **fields):

@@ -21,9 +21,12 @@ session = onnxruntime.InferenceSession(args.model)
 metadata = session.get_modelmeta().custom_metadata_map
 symbols = [symbol.encode("latin-1") for symbol in json.loads(metadata["symbols"])]
 token = json.loads(metadata["start"])
+types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+shapes = json.loads(metadata["state"])
 state = {
-    name: np.zeros([shape[0], 1, *shape[2:]], np.float32)
-    for name, shape in json.loads(metadata["state"]).items()
+    tensor.name: np.zeros([shapes[tensor.name][0], 1, *shapes[tensor.name][2:]], types[tensor.type])
+    for tensor in session.get_inputs()
+    if tensor.name in shapes
 }
 if metadata["codec"] == "pieces":
     from tokenizers import Tokenizer

@@ -15,7 +15,7 @@ The metadata of the file hold the rest, in JSON:
   tokenizer      of pieces: the file of Hugging Face's package tokenizers that cuts a text into
                  them; its ids are the numbers of the symbols
   state          by NAME, the shape of the state at the start of a text, when all of it is zero; the
-                 number of streams is given as 0
+                 number of streams is given as 0. The graph tells the type of each input
 
 examples/onnx/generate.py shows how to use them. --int8 rounds weights to 8 bits, by onnxruntime's
 dynamic quantisation. The weights of models beyond 1.5 GB go to a second file, FILE.data, which

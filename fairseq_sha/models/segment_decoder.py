@@ -389,7 +389,11 @@ class SegmentDecoder(FairseqIncrementalDecoder):
     def reorder_incremental_state(self, incremental_state, new_order):
         """fairseq's hook in beam search: stream ``i`` goes on from what was ``new_order[i]``."""
         flat = self.get_incremental_state(incremental_state, "state")
-        if flat is not None:
+        if flat:
+            streams = next(iter(flat.values())).size(1)
+            # Without a beam nothing moves, and a copy may take longer than the rest of a step.
+            if torch.equal(new_order, torch.arange(streams, device=new_order.device)):
+                return
             flat = {name: tensor.index_select(1, new_order) for name, tensor in flat.items()}
             self.set_incremental_state(incremental_state, "state", flat)
 

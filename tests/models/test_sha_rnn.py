@@ -123,6 +123,10 @@ def test_generation_follows_the_order_of_beams():
     logits, _ = model(reordered, incremental_state=state)
     expected = model(reordered)[0]
     torch.testing.assert_close(logits[:, 0], expected[:, -1])
+    before = model.get_generation_state(state)
+    model.reorder_incremental_state_scripting(state, torch.arange(3))
+    for layer, same in zip(model.get_generation_state(state), before):
+        assert all(layer[name] is same[name] for name in same)  # without a copy
 
 
 def test_segment_longer_than_the_window_sees_no_more_than_it():
