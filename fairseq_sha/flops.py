@@ -30,7 +30,7 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.evaluation.evaluate import token_losses
 from fairseq_sha.models import heads
 from fairseq_sha.models.segment_decoder import SegmentDecoder
-from fairseq_sha.ops import attention
+from fairseq_sha.ops import attention, sparse_attention
 from fairseq_sha.trained_model import TASKS
 
 #: Streams in evaluation, unless its settings have a ``batch_size``: those of ``fairseq-sha
@@ -238,7 +238,7 @@ def _recomputation(counter):
 
         return run
 
-    originals = {module: module.checkpoint for module in (attention, heads)}
+    originals = {module: module.checkpoint for module in (attention, heads, sparse_attention)}
     try:
         for module, checkpoint in originals.items():
             module.checkpoint = observed(checkpoint)

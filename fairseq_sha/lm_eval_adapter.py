@@ -85,6 +85,7 @@ class Adapter:
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Log-likelihood of each text, in nats, from its start: a list of float."""
+        self._check(requests)
         found = []
         for request in tqdm(requests, disable=disable_tqdm or None, desc="texts"):
             (text,) = request.args
@@ -97,6 +98,7 @@ class Adapter:
     def loglikelihood(self, requests, disable_tqdm=False):
         """Log-likelihood of each continuation in nats, and whether it is the greedy one: a list of
         pairs."""
+        self._check(requests)
         found = []
         with tqdm(total=len(requests), disable=disable_tqdm or None, desc="continuations") as bar:
             # The choices of a question have one context and follow each other.
@@ -112,15 +114,24 @@ class Adapter:
 
     def generate_until(self, requests, disable_tqdm=False):
         """The continuation of each context: a list of str."""
+        self._check(requests)
+        options = [generation_of(request.args[1]) for request in requests]
         found = []
-        for request in tqdm(requests, disable=disable_tqdm or None, desc="generated"):
-            context, options = request.args
-            until, most, sampling = generation_of(options)
+        bar = tqdm(requests, disable=disable_tqdm or None, desc="generated")
+        for request, (until, most, sampling) in zip(bar, options):
+            context = request.args[0]
             text = continuations.continue_until(
                 self.model, _bytes(context), until, most, **sampling
             )
             found.append(text.decode("utf-8", "replace"))
         return found
+
+    def _check(self, requests):
+        """Raise a UserError for a text that the model cannot read, before hours of work."""
+        for request in requests:
+            for text in request.args:
+                if isinstance(text, str):
+                    self.model.encode(_bytes(text))
 
     def _count(self, tokens):
         if not self.model.codec.lossless:

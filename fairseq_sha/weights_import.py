@@ -199,8 +199,7 @@ def check_symbols(symbols, codec, folder):
         prefix = Path(folder) / split
         if not prefix.with_suffix(".idx").exists():
             continue
-        tokens = Corpus(str(prefix)).tokens
-        counts = np.bincount(tokens, minlength=len(codec.dictionary))
+        counts = Corpus(str(prefix)).counts(len(codec.dictionary))
         counts[ids.numpy()] = 0
         for token in np.flatnonzero(counts):
             known = token < len(codec.dictionary)

@@ -1,6 +1,7 @@
 """Counted operations against counts by hand."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch.nn import functional as F
 from fairseq_sha import flops
 from fairseq_sha.commands import main
 from fairseq_sha.models import family, heads
-from fairseq_sha.ops import attend, attention, causal_bias, lstm
+from fairseq_sha.ops import (
+    attend,
+    attend_fixed,
+    attention,
+    causal_bias,
+    lstm,
+    sparse_attention,
+)
 from tests.tiny_corpus import write_folder
 
 T, B, H = 5, 3, 8
@@ -217,6 +225,14 @@ def test_every_family_is_counted(data, tmp_path, name):
     # Where windows overlap, evaluation reads tokens again.
     least = 0.5 if "eval_stride" in tiny else 2
     assert least < ratio < 5
+
+
+def test_recomputation_of_sparse_attention_counts_once(monkeypatch):
+    inputs = [torch.randn(24, 2, 3, 4, requires_grad=True) for _ in range(3)]
+    run = partial(attend_fixed, stride=6, summary=2, num_summaries=3)
+    kept = forward_and_backward(run, *inputs)
+    monkeypatch.setattr(sparse_attention, "MAX_COPIED", 0)
+    assert forward_and_backward(run, *inputs) == kept
 
 
 def test_counting_leaves_nothing_behind():

@@ -56,6 +56,20 @@ def test_answers_without_the_harness(path):
     assert adapter.generate_until([Request((context.decode(), options))]) == [generated]
 
 
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_what_cannot_be_read_is_said_before_anything_is(path, kind, monkeypatch):
+    adapter = lm_eval_adapter.Adapter(path, device="cpu")
+    monkeypatch.setattr(adapter.model, "costs", None)
+    for name in ("log_likelihoods", "continue_until"):
+        monkeypatch.setattr(lm_eval_adapter.continuations, name, None)
+    rest = {"loglikelihood": ("ab",), "generate_until": ({},)}.get(kind, ())
+    with pytest.raises(UserError, match="byte 90"):
+        getattr(adapter, kind)([Request(("ab", *rest)), Request(("Z", *rest))])
+    if kind == "generate_until":
+        with pytest.raises(UserError, match="nothing"):
+            adapter.generate_until([Request(("ab", {})), Request(("ab", {"nothing": 1}))])
+
+
 TASK = """
 task: {name}
 dataset_path: json

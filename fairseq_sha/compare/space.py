@@ -18,6 +18,8 @@ WARMUP = "warmup_share"  # a field that stands for the scheduler's own one
 WARMUP_FIELDS = ("lr_scheduler.warmup_updates", "lr_scheduler.warmup_steps")  # of schedulers
 KINDS = ("factor", "log", "range", "choices", "multiples")
 RELATIVE = ("factor", "multiples")  # multiply what a recipe has
+#: Whole numbers that stay so, beside those of models. YAML may write others as such, too.
+COUNTS = ("dataset.batch_size", "dataset.max_tokens", "task.tokens_per_sample")
 OPTIONS = {*KINDS, "fields", "widen", "speed"}
 
 
@@ -225,8 +227,9 @@ def _set(config, field, value, multiply):
     if multiply:
         old = config[key]
         value = [v * value for v in old] if isinstance(old, list) else old * value
-        # A count stays one.
-        value = max(1, round(value)) if isinstance(old, int) else value
+        is_count = field in COUNTS or field.startswith("model.")
+        if is_count and isinstance(old, int) and old > 0:
+            value = max(1, round(value))
     elif isinstance(config[key], list) and not isinstance(value, list):
         value = [value for _ in config[key]]  # such as the learning rate of each epoch
     config[key] = value

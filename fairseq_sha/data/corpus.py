@@ -9,7 +9,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset, data_file_path, ind
 
 from fairseq_sha.errors import UserError
 
-TOKENS_AT_ONCE = 1 << 20  # searched at once: few enough for the processor's cache
+TOKENS_AT_ONCE = 1 << 20  # read at once: few enough for the processor's cache
 
 
 class Corpus(FairseqDataset):
@@ -56,6 +56,23 @@ class Corpus(FairseqDataset):
         Args:
             condition (callable): from an array of token ids to an array of bool
         """
+        for start, tokens in self._parts():
+            found = condition(tokens)
+            if found.any():
+                return start + int(found.argmax())
+        return None
+
+    def counts(self, size):
+        """How often each token occurs: ``[size]``, or more if there are larger token ids."""
+        counts = np.zeros(size, np.int64)
+        for _, tokens in self._parts():
+            found = np.bincount(tokens, minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+        return counts
+
+    def _parts(self):
+        """All tokens in parts of at most ``TOKENS_AT_ONCE``, each with its offset."""
         for start in range(0, self.total_tokens, TOKENS_AT_ONCE):
             # A new map each time: pages that were read count as memory of this process.
             tokens = np.memmap(
@@ -65,10 +82,7 @@ class Corpus(FairseqDataset):
                 offset=start * self.dtype.itemsize,
                 shape=min(TOKENS_AT_ONCE, self.total_tokens - start),
             )
-            found = condition(tokens)
-            if found.any():
-                return start + int(found.argmax())
-        return None
+            yield start, tokens
 
     def sample(self):
         """About a thousand tokens, spread evenly over the corpus."""

@@ -121,6 +121,19 @@ def test_a_point_changes_the_fields_that_a_config_has(folder):
     }
 
 
+def test_only_counts_stay_whole_numbers(folder):
+    """YAML may write any number as a whole one."""
+    config = {"model": {"dropout": 0, "width": 16}, "dataset": {"batch_size": 1}}
+    model = make(folder).models["good"]
+    model = model._replace(config={**config, "optimization": {"clip_norm": 1}})
+    names = ("model.dropout", "model.width", "optimization.clip_norm", "dataset.batch_size")
+    settings = tuple(space.Setting(name, "factor", (0.09, 1), (name,)) for name in names)
+    changed, _ = space.Space(1, settings, {}).apply(model, dict.fromkeys(names, 0.5))
+    assert changed.config["model"] == {"dropout": 0, "width": 5}
+    assert changed.config["optimization"]["clip_norm"] == 0.3
+    assert changed.config["dataset"]["batch_size"] == 1
+
+
 def test_warmup_of_three_stages_leaves_the_end_where_it_is():
     scheduler = {"_name": "tri_stage", "warmup_steps": 100, "hold_steps": 800, "decay_steps": 100}
     config = {"lr_scheduler": scheduler, "optimization": {"max_update": 1000}}

@@ -26,6 +26,16 @@ def test_finds_the_first_token_of_a_kind(tmp_path, monkeypatch):
     assert corpus.find(lambda tokens: tokens > 99) is None
 
 
+def test_counts_each_token(tmp_path, monkeypatch):
+    monkeypatch.setattr("fairseq_sha.data.corpus.TOKENS_AT_ONCE", 4)
+    corpus = Corpus(write_split(b"aaaaaaabab", tmp_path))
+    expected = np.bincount(corpus.tokens)
+    assert (corpus.counts(0) == expected).all()
+    counts = corpus.counts(99)
+    assert (counts[: len(expected)] == expected).all() and counts.sum() == 10
+    assert len(counts) == 99
+
+
 def damage(path, how):
     if how == "missing":
         os.remove(path)
