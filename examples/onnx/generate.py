@@ -22,11 +22,10 @@ metadata = session.get_modelmeta().custom_metadata_map
 symbols = [symbol.encode("latin-1") for symbol in json.loads(metadata["symbols"])]
 token = json.loads(metadata["start"])
 types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-shapes = json.loads(metadata["state"])
+types = {tensor.name: types[tensor.type] for tensor in session.get_inputs()}
 state = {
-    tensor.name: np.zeros([shapes[tensor.name][0], 1, *shapes[tensor.name][2:]], types[tensor.type])
-    for tensor in session.get_inputs()
-    if tensor.name in shapes
+    name: np.zeros([shape[0], 1, *shape[2:]], types[name])
+    for name, shape in json.loads(metadata["state"]).items()
 }
 if metadata["codec"] == "pieces":
     from tokenizers import Tokenizer
