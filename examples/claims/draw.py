@@ -3,7 +3,7 @@
     python examples/claims/draw.py window runs/window.json --save window.png
     python examples/claims/draw.py cells runs/minimal_cells.json --save minimal_cells.png
     python examples/claims/draw.py trust OUT/*/seed1/train.log --save trust.png
-    python examples/claims/draw.py spans runs/spans/checkpoints/checkpoint_*.pt --save spans.png
+    python examples/claims/draw.py spans runs/spans/checkpoint_1_*.pt --save spans.png
 
 window and cells are what benchmarks/window.py and benchmarks/minimal_cells.py save, trust is logs
 of trainings with optimizer.log_trust_ratios, spans is checkpoints of one Adaptive Span.
@@ -95,7 +95,7 @@ def spans(paths):
             updates = [update for update, _ in points]
             panel.plot(updates, lengths, ".-", color=COLOURS[layer % len(COLOURS)], label=label)
     panel.set(xlabel="updates", ylabel="span of a head, tokens", ylim=(0, None))
-    panel.legend(fontsize="small")
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     return figure
 
 
