@@ -181,6 +181,37 @@ def test_positions_of_transformer_xl_are_projected_once_for_all_streams(data, tm
             assert less == pytest.approx(passes * once * (1 - 1 / streams) / 20)
 
 
+#: Models of width 16 that remember 20 tokens: their matrices, and what a token's attention costs
+#: in each layer, of segments of 20.
+REMEMBERING = {
+    "transformer_xl": (
+        {"n_head": 2, "d_inner": 24, "mem_len": 20},
+        4 * 16**2 + 2 * 16 * 24,
+        # Scores and mix, scores of positions, and positions projected once for all four streams.
+        2 * 2 * 40 * 16 + 2 * 41 * 16 + 2 * 41 * 16**2 / (4 * 20),
+    ),
+    "adaptive_span": (
+        {"n_head": 2, "d_inner": 24, "attn_span": 20, "adapt_span_loss": 0.0},
+        4 * 16**2 + 2 * 16 * 24,
+        2 * 2 * 39 * 16 + 2 * 20 * 16,
+    ),
+    "srupp": (
+        {"projection": 8, "eval_unroll": 20},
+        16 * 8 + 8 * 16 + 8 * 3 * 16,
+        2 * 2 * 40 * 8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_evaluation_projects_each_token_once(data, tmp_path, name):
+    sizes, matrices, attention = REMEMBERING[name]
+    model = {"_name": name, "width": 16, "num_layers": 2, **sizes}
+    figures = counted(data, tmp_path, model, {"tokens_per_sample": 20, "batch_size": 4})
+    expected = 2 * (2 * matrices + attention) + 2 * VOCABULARY * 16
+    assert figures["evaluation_flops_per_token"] == pytest.approx(expected)
+
+
 MATRICES = 2 * (4 * 16**2 + 3 * 16 * 24) + VOCABULARY * 16
 
 

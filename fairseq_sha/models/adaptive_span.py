@@ -24,7 +24,14 @@ from fairseq_sha.models.published_weights import (
 )
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
-from fairseq_sha.ops import dropout, masked_softmax, next_memory, skew
+from fairseq_sha.ops import (
+    dropout,
+    masked_softmax,
+    next_keys_and_values,
+    next_memory,
+    remembers_inputs,
+    skew,
+)
 
 TRIM_TO_MULTIPLES_OF = 64
 
@@ -101,12 +108,17 @@ class AdaptiveAttention(nn.Module):
         # z of the paper, as a share of attn_span.
         self.span = nn.Parameter(torch.full((cfg.n_head,), float(cfg.adapt_span_init)))
 
-    def forward(self, h, cache, key_positions, trimmed, training):
+    def keys_and_values(self, inputs):
+        """Of inputs ``[M, B, H]`` of this layer: two tensors ``[M, B, H]``."""
+        return self.key(inputs), self.value(inputs)
+
+    def forward(self, h, own, remembered, key_positions, trimmed, training):
         """
         Args:
             h (Tensor): ``[T, B, H]``
-            cache (Tensor): the inputs of the attn_span tokens before, ``[L, B, H]``; the oldest
-                ones, which no head reaches, may be missing
+            own (pair of Tensor): keys and values of ``h``, ``[T, B, H]``
+            remembered (pair of Tensor): keys and values of the tokens before that some head
+                reaches, ``[L - trimmed, B, H]``
             key_positions (Tensor): embeddings of the L positions before a query, ``[d, L]``
             trimmed (int): how many of the oldest keys no head reaches, see :meth:`trim`
             training (bool): whether to apply dropout
@@ -114,12 +126,8 @@ class AdaptiveAttention(nn.Module):
         Returns:
             Tensor ``[T, B, H]``
         """
-        reached = cache[cache.size(0) - (self.attn_span - trimmed) :]
-        # Projected apart from the segment, the cache costs no gradient. No query of this segment
-        # attends to the last token.
-        k, v = (
-            torch.cat([project(reached), project(h[:-1])]) for project in (self.key, self.value)
-        )
+        # No query of this segment attends to the last token.
+        k, v = (torch.cat([old, new[:-1]]) for old, new in zip(remembered, own))
         q, k, v = (
             x.unflatten(-1, (self.n_head, -1)).flatten(1, 2).transpose(0, 1)
             for x in (self.query(h), k, v)
@@ -163,17 +171,26 @@ class AdaptiveSpanLayer(nn.Module):
 
     def forward(self, h, state, context):
         """``h [T, B, H]`` and state to the same. The state holds ``cache``, the last inputs of
-        this layer, ``[attn_span, B, H]``; without gradients only those that some head reaches."""
+        this layer, ``[attn_span, B, H]``; in evaluation without gradients ``keys`` and
+        ``values`` of those that some head reaches, ``[attn_span - trimmed, B, H]``."""
         trimmed, training = context.trimmed[self.index], context.training
-        # Where weights learn, a span may grow, and reach further the next time.
-        grows = training or torch.is_grad_enabled()
-        rows = self.attn_span - (0 if grows else trimmed)
+        reached = self.attn_span - trimmed
+        own = self.attention.keys_and_values(h)
         # Before the first token there are zeros, which are attended to like any other row.
-        cache = state["cache"] if state else h.new_zeros(rows, *h.shape[1:])
-        new_cache = next_memory(cache, h, rows)
-        attended = self.attention(h, cache, context.key_positions, trimmed, training)
+        if remembers_inputs(state, training):
+            # A span may grow, and reach further the next time.
+            cache = state["cache"] if state else h.new_zeros(self.attn_span, *h.shape[1:])
+            new_state = {"cache": next_memory(cache, h, self.attn_span)}
+            # Projected apart from the segment, the cache costs no gradient.
+            remembered = self.attention.keys_and_values(cache[trimmed:])
+        else:
+            if not state:
+                zeros = own[0].new_zeros(reached, *h.shape[1:])
+                state = {"keys": zeros, "values": zeros}
+            remembered, new_state = next_keys_and_values(state, own, reached)
+        attended = self.attention(h, own, remembered, context.key_positions, trimmed, training)
         h = self.norm_attention(h + attended)
-        return self.norm_feed_forward(h + self.feed_forward(h, training)), {"cache": new_cache}
+        return self.norm_feed_forward(h + self.feed_forward(h, training)), new_state
 
 
 class AdaptiveSpanDecoder(SegmentDecoder):

@@ -28,7 +28,7 @@ from fairseq_sha.checks import require_at_least, require_dropouts, require_heads
 from fairseq_sha.errors import UserError
 from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
-from fairseq_sha.ops import attend, causal_bias, dropout, next_memory
+from fairseq_sha.ops import attend, causal_bias, dropout, next_keys_and_values
 
 STD = 0.02  # of initial weights (GPT-2)
 EPS = 1e-6  # of norms (LLaMA)
@@ -131,8 +131,8 @@ class RotaryAttention(nn.Module):
         self.output = nn.Linear(cfg.width, cfg.width, bias=False)
 
     def forward(self, h, state, context):
-        """``h [T, B, H]`` and state to the same. The state holds ``key`` and ``value`` of the last
-        tokens, ``[rows, B, H]``. It is empty where each segment is on its own.
+        """``h [T, B, H]`` and state to the same. The state holds ``keys`` and ``values`` of the
+        last tokens, ``[rows, B, H]``. It is empty where each segment is on its own.
 
         Remembered keys have not been turned. So they are turned by their positions in memory and
         segment together, and no position grows with the text: only differences matter.
@@ -141,12 +141,9 @@ class RotaryAttention(nn.Module):
         q, k, v = self.query_key_value(h).chunk(3, -1)
         remembered, new_state = self.memory if training else self.eval_memory, {}
         if remembered > 0:
-            new_state = {
-                name: next_memory(state.get(name, rows[:0]), rows, remembered)
-                for name, rows in (("key", k), ("value", v))
-            }
+            _, new_state = next_keys_and_values(state, (k, v), remembered)
         if state:
-            k, v = torch.cat([state["key"], k]), torch.cat([state["value"], v])
+            k, v = torch.cat([state["keys"], k]), torch.cat([state["values"], v])
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).flatten(1, 2) for x in (q, k, v))
         first = k.size(0) - q.size(0)
         q = rotate(q, context.cos[first:], context.sin[first:])
@@ -225,7 +222,7 @@ class RotaryTransformerDecoder(SegmentDecoder):
                 nn.init.normal_(parameter, std=STD)
 
     def prepare(self, h, state, context):
-        remembered = state[0]["key"].size(0) if state[0] else 0
+        remembered = state[0]["keys"].size(0) if state[0] else 0
         positions = torch.arange(remembered + h.size(0), device=h.device)
         turns = angles(positions, self.head_width, self.rotary_base).unsqueeze(1)
         return RotaryContext(**vars(context), cos=turns.cos(), sin=turns.sin())

@@ -23,7 +23,15 @@ from fairseq_sha.models.published_weights import (
     shape_of,
 )
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
-from fairseq_sha.ops import attend, causal_bias, dropout, next_memory, sru
+from fairseq_sha.ops import (
+    attend,
+    causal_bias,
+    dropout,
+    next_keys_and_values,
+    next_memory,
+    remembers_inputs,
+    sru,
+)
 
 
 @dataclass
@@ -99,15 +107,14 @@ class SRUppLayer(nn.Module):
 
     def forward(self, x, state, context):
         """``x [T, B, D]`` and state to the same. The state holds ``c [1, B, D]``, in float32 or
-        wider, and, if the layer attends, ``memory``, inputs of this layer, ``[rows, B, D]``."""
+        wider, and, if the layer attends, ``memory``, inputs of this layer, ``[rows, B, D]``; in
+        evaluation without gradients their ``keys`` and ``values`` instead, ``[rows, B, P]``."""
         training = context.training
         z = self.project(x if self.norm_input is None else self.norm_input(x))
         new_state = {}
         if self.key_value is not None:
-            memory = state["memory"] if state else x[:0]
-            z = z + self.alpha * self.attention(z, self.project(memory), training)
-            # In training the memory is the segment before, whatever its length.
-            new_state["memory"] = x if training else next_memory(memory, x, self.eval_unroll)
+            keys, values, new_state = self.remember(x, z, state, training)
+            z = z + self.alpha * self.attention(z, keys, values, training)
         u = self.expand(dropout(self.norm(z), self.p, training))
         c0 = state["c"][0] if state else torch.zeros_like(x[0])
         mask = None
@@ -116,10 +123,24 @@ class SRUppLayer(nn.Module):
         out, c = self.recurrence(u.unflatten(-1, (3, -1)), x, self.weight, self.bias, c0, mask)
         return out, {**new_state, "c": c.unsqueeze(0)}
 
-    def attention(self, q, remembered, training):
-        """Attention of the segment's projections ``[T, B, P]`` over the memory's projections
-        ``[M, B, P]`` and themselves."""
-        keys, values = self.key_value(torch.cat([remembered, q])).chunk(2, -1)
+    def remember(self, x, z, state, training):
+        """Keys and values of memory and segment, ``[M + T, B, P]``, and the next state."""
+        if remembers_inputs(state, training):
+            memory = state["memory"] if state else x[:0]
+            keys, values = self.key_value(torch.cat([self.project(memory), z])).chunk(2, -1)
+            # In training the memory is the segment before, whatever its length.
+            new_memory = x if training else next_memory(memory, x, self.eval_unroll)
+            return keys, values, {"memory": new_memory}
+        own = later = self.key_value(z).chunk(2, -1)
+        if self.norm_input is not None:  # the memory is not normalised
+            later = self.key_value(self.project(x)).chunk(2, -1)
+        remembered, new_state = next_keys_and_values(state, later, self.eval_unroll)
+        keys, values = (torch.cat(rows) for rows in zip(remembered, own))
+        return keys, values, new_state
+
+    def attention(self, q, keys, values, training):
+        """Attention of the segment's projections ``[T, B, P]`` over keys and values of memory and
+        segment, ``[M + T, B, P]``."""
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).flatten(1, 2) for x in (q, keys, values))
         # Training sees the whole memory, evaluation a band.
         bias = causal_bias(q, k, None if training else self.eval_unroll + 1)

@@ -23,7 +23,14 @@ from fairseq_sha.models.published_weights import (
 )
 from fairseq_sha.models.segment_decoder import Context, SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward
-from fairseq_sha.ops import attend, causal_relative_bias, dropout, next_memory
+from fairseq_sha.ops import (
+    attend,
+    causal_relative_bias,
+    dropout,
+    next_keys_and_values,
+    next_memory,
+    remembers_inputs,
+)
 
 STD = 0.02  # of initial weights
 
@@ -111,6 +118,7 @@ class RelativeAttention(nn.Module):
         super().__init__()
         self.n_head = cfg.n_head
         self.p = cfg.dropatt
+        self.mem_len = cfg.mem_len
         self.same_length = cfg.mem_len if cfg.same_length else None
         inner = cfg.n_head * head_width(cfg)
         self.query_key_value = nn.Linear(cfg.width, 3 * inner, bias=False)
@@ -119,32 +127,44 @@ class RelativeAttention(nn.Module):
         if cfg.untie_r:
             self.content_bias, self.position_bias = new_biases(cfg)
 
-    def forward(self, h, memory, context):
+    def forward(self, h, state, context):
         """
         Args:
             h (Tensor): ``[T, B, H]``
-            memory (Tensor): ``[K - T, B, H]``
+            state (dict): see :class:`TransformerXLLayer`
             context (TransformerXLContext)
 
         Returns:
             Tensor ``[T, B, H]``
+            dict: the state of the next segment
         """
         u, v = context.u, context.v
         if u is None:
             u, v = self.content_bias, self.position_bias
-        query, key, value = self.query_key_value.weight.chunk(3)
+        query, *key_and_value = self.query_key_value.weight.chunk(3)
         q = self.heads(F.linear(h, query))
-        # Projected apart from the segment, the memory costs no gradient.
-        keys, values = (
-            self.heads(torch.cat([F.linear(memory, weight), F.linear(h, weight)])).flatten(1, 2)
-            for weight in (key, value)
-        )
+        keys, values, new_state = self.remember(h, state, key_and_value, context.training)
+        keys, values = (self.heads(rows).flatten(1, 2) for rows in (keys, values))
         r = self.heads(self.position(context.positions))
         position_queries = (q + v).flatten(1, 2) / q.size(-1) ** 0.5
         bias = causal_relative_bias(position_queries, r, self.same_length)
         p = self.p if context.training else 0.0
         mix = attend((q + u).flatten(1, 2), keys, values, bias, p)
-        return self.output(mix.unflatten(1, (-1, self.n_head)).flatten(2))
+        return self.output(mix.unflatten(1, (-1, self.n_head)).flatten(2)), new_state
+
+    def remember(self, h, state, weights, training):
+        """Keys and values of memory and segment, ``[K, B, heads * d]``, and the next state."""
+        if remembers_inputs(state, training):
+            memory = state["memory"] if state else h[:0]
+            # Projected apart from the segment, the memory costs no gradient.
+            keys, values = (
+                torch.cat([F.linear(memory, weight), F.linear(h, weight)]) for weight in weights
+            )
+            return keys, values, {"memory": next_memory(memory, h, self.mem_len)}
+        own = [F.linear(h, weight) for weight in weights]
+        remembered, new_state = next_keys_and_values(state, own, self.mem_len)
+        keys, values = (torch.cat(rows) for rows in zip(remembered, own))
+        return keys, values, new_state
 
     def heads(self, x):
         """``[..., heads * d] -> [..., heads, d]``"""
@@ -157,7 +177,6 @@ class TransformerXLLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.p = cfg.dropout
-        self.mem_len = cfg.mem_len
         self.attention = RelativeAttention(cfg)
         self.norm_attention = nn.LayerNorm(cfg.width)
         self.feed_forward = FeedForward(cfg.width, cfg.d_inner, cfg.dropout)
@@ -165,15 +184,14 @@ class TransformerXLLayer(nn.Module):
 
     def forward(self, h, state, context):
         """``h [T, B, H]`` and state to the same. The state holds ``memory``, the last inputs of
-        this layer, ``[rows <= mem_len, B, H]``."""
-        # Keys and values are recomputed from the inputs that the memory holds (section 3.2).
-        memory = state["memory"] if state else h[:0]
-        new_memory = next_memory(memory, h, self.mem_len)
-        attended = self.attention(h, memory, context)
+        this layer, ``[rows <= mem_len, B, H]``, from which keys and values are recomputed (section
+        3.2); in evaluation without gradients ``keys`` and ``values`` themselves, ``[rows, B,
+        heads * d]``."""
+        attended, new_state = self.attention(h, state, context)
         h = self.norm_attention(h + dropout(attended, self.p, context.training))
         wide = self.feed_forward(h, context.training)
         h = self.norm_feed_forward(h + dropout(wide, self.p, context.training))
-        return h, {"memory": new_memory}
+        return h, new_state
 
 
 class TransformerXLDecoder(SegmentDecoder):
@@ -209,7 +227,7 @@ class TransformerXLDecoder(SegmentDecoder):
                 nn.init.zeros_(module.bias)
 
     def prepare(self, h, state, context):
-        remembered = state[0]["memory"].size(0) if state[0] else 0
+        remembered = next(iter(state[0].values())).size(0) if state[0] else 0
         positions = self.embed_distances(remembered + len(h), h.device).to(h)
         return TransformerXLContext(
             **vars(context),

@@ -7,7 +7,13 @@ from fairseq_sha.ops.layer_norm_lstm import layer_norm_lstm
 from fairseq_sha.ops.linear_recurrence import linear_recurrence
 from fairseq_sha.ops.lstm import lstm
 from fairseq_sha.ops.masked_softmax import masked_softmax
-from fairseq_sha.ops.memory import last_rows, next_memory, rows_to_attend
+from fairseq_sha.ops.memory import (
+    last_rows,
+    next_keys_and_values,
+    next_memory,
+    remembers_inputs,
+    rows_to_attend,
+)
 from fairseq_sha.ops.mogrifier_lstm import Gates, mogrifier_lstm
 from fairseq_sha.ops.recurrent_highway import recurrent_highway
 from fairseq_sha.ops.sparse_attention import (
@@ -34,8 +40,10 @@ __all__ = [
     "lstm",
     "masked_softmax",
     "mogrifier_lstm",
+    "next_keys_and_values",
     "next_memory",
     "recurrent_highway",
+    "remembers_inputs",
     "rows_to_attend",
     "skew",
     "sru",

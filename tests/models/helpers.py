@@ -16,10 +16,12 @@ def check_one_token_at_a_time(model, length, **tolerance):
     """Generation, one token after the other, gives what a segment of so many tokens does."""
     tokens = torch.randint(VOCABULARY, (3, length))
     expected, _ = model(tokens)
-    state = {}
-    for t in range(length):
-        logits, _ = model(tokens[:, : t + 1], incremental_state=state)
-        torch.testing.assert_close(logits[:, 0], expected[:, t], **tolerance)
+    for gradients in (True, False):
+        state = {}
+        for t in range(length):
+            with torch.set_grad_enabled(gradients):
+                logits, _ = model(tokens[:, : t + 1], incremental_state=state)
+            torch.testing.assert_close(logits[:, 0], expected[:, t], **tolerance)
 
 
 def check_cuts(model, *cuts, **tolerance):
@@ -32,4 +34,6 @@ def check_cuts(model, *cuts, **tolerance):
 
     expected = logits(cuts[0])
     for lengths in cuts[1:]:
-        torch.testing.assert_close(logits(lengths), expected, **tolerance)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                torch.testing.assert_close(logits(lengths), expected, **tolerance)

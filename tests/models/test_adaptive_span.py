@@ -120,7 +120,8 @@ def test_attention_equals_the_equations(span):
     positions, trimmed = model.key_positions, model.trimmed()[0]
     assert trimmed == (64 if span == 150 else 0)
     h, cache = torch.randn(7, 3, 16, requires_grad=True), torch.randn(span, 3, 16)
-    actual = attention(h, cache, positions, trimmed, training=False)
+    own, remembered = (attention.keys_and_values(part) for part in (h, cache[trimmed:]))
+    actual = attention(h, own, remembered, positions, trimmed, training=False)
     expected = torch.stack(
         [by_hand(attention, h[:, b], cache[:, b], model.key_positions) for b in range(3)], 1
     )
@@ -154,7 +155,9 @@ def test_position_does_not_attend_to_itself_nor_beyond_its_span():
     gradient = torch.autograd.grad(value.sum(), rows)  # the graph reaches the rows at all
     assert gradient[0].any()
     query = 9
-    mixed = attention(rows[8:], rows[:8], model.key_positions, 0, training=False)[query].sum()
+    own, remembered = (attention.keys_and_values(part) for part in (rows[8:], rows[:8]))
+    mixed = attention(rows[8:], own, remembered, model.key_positions, 0, training=False)
+    mixed = mixed[query].sum()
     (gradient,) = torch.autograd.grad(mixed, rows)
     reached = gradient[:, 0].abs().sum(-1) > 0
     # Itself counts through its query alone.
@@ -184,7 +187,7 @@ def test_evaluation_remembers_what_heads_reach_only():
             logits, _ = model(tokens, segment=f"valid:1:{i}")
         torch.testing.assert_close(logits, expected[i])
         kept = model.carried._latest["valid", False].state
-        assert [len(layer["cache"]) for layer in kept] == [72, 72]
+        assert [len(rows) for layer in kept for rows in layer.values()] == [72] * 4
     check_cuts(model, [150], [60, 90], [7] * 21 + [3])
 
 

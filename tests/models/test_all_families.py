@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from fairseq_sha.models.family import FAMILIES
 from tests.conftest import dictionary_of
+from tests.models.helpers import randomise
 
 MODELS = {
     f"{name}, {variant}" if variant else name: (
@@ -27,16 +28,50 @@ def model(request):
     return family.build_model(OmegaConf.structured(cfg), task)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_carried_state_holds_no_more_than_itself(model, training):
+@pytest.mark.parametrize("training, gradients", [(True, True), (False, True), (False, False)])
+def test_carried_state_holds_no_more_than_itself(model, training, gradients):
     """A view would keep alive what it is a view of: a whole segment, in each layer."""
     decoder = model.train(training).decoder
-    for i in range(3):
-        decoder(torch.randint(24, (3, 6)), segment=f"train:1:{i}")
+    with torch.set_grad_enabled(gradients):
+        for i in range(3):
+            decoder(torch.randint(24, (3, 6)), segment=f"train:1:{i}")
     for layer in decoder.carried._latest["train", training].state:
         for key, tensor in layer.items():
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), key
             assert tensor.size(1) == 3 and not tensor.requires_grad
+
+
+def test_evaluation_without_gradients_computes_the_same(model):
+    """Without gradients, layers may remember what they have projected."""
+    decoder = randomise(model.eval()).decoder
+    segments = torch.randint(24, (3, 41)).split([6, 20, 9, 4, 1, 1], 1)
+
+    def logits(split):
+        return [decoder(x, segment=f"{split}:1:{i}")[0] for i, x in enumerate(segments)]
+
+    expected = logits("valid")
+    with torch.no_grad():
+        torch.testing.assert_close(logits("test"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_text_begun_with_gradients_may_go_on_without(model):
+    decoder = randomise(model.eval()).decoder
+    segments = torch.randint(24, (3, 18)).split(6, 1)
+    expected = [decoder(x, segment=f"valid:1:{i}")[0] for i, x in enumerate(segments)]
+    for i, tokens in enumerate(segments):
+        with torch.set_grad_enabled(i == 0):
+            logits, _ = decoder(tokens, segment=f"test:1:{i}")
+        torch.testing.assert_close(logits, expected[i], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["transformer_xl", "adaptive_span", "srupp"], indirect=True)
+def test_no_gradient_goes_through_what_was_projected_before(model):
+    decoder = model.eval().decoder
+    tokens = torch.randint(24, (3, 6))
+    with torch.no_grad():
+        decoder(tokens, segment="valid:1:0")
+    with pytest.raises(ValueError, match="no gradient can go; read the segments before"):
+        decoder(tokens, segment="valid:1:1")
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -160,8 +160,8 @@ def test_training_with_memory_sees_the_text_before_the_segment():
     torch.testing.assert_close(halves, whole, atol=1e-4, rtol=1e-4)
     halves.sum().backward()  # the memory has no gradient, and no graph that was freed
     for layer in model.carried._latest["train", True].state:
-        assert layer["key"].shape == layer["value"].shape == (12, 2, 16)
-        assert not layer["key"].requires_grad
+        assert layer["keys"].shape == layer["values"].shape == (12, 2, 16)
+        assert not layer["keys"].requires_grad
     shorter = randomise(decoder(memory=4))
     shorter.load_state_dict(model.state_dict())
     parts = train_segments(shorter, tokens, [12, 8])

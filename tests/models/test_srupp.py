@@ -80,6 +80,12 @@ def test_memory_is_the_segment_before_in_training_and_bounded_in_evaluation():
             kept = model.carried._latest["train", training].state
             assert [len(layer["memory"]) for layer in kept] == [expected[index]] * 3
             assert not any(t.requires_grad for layer in kept for t in layer.values())
+    for index, length in enumerate((7, 4, 6)):
+        with torch.no_grad():
+            model(torch.randint(29, (2, length)), segment=f"valid:1:{index}")
+        for layer in model.carried._latest["valid", False].state:
+            rows = {key: len(tensor) for key, tensor in layer.items()}
+            assert rows == {"c": 1, **dict.fromkeys(("keys", "values"), [7, 9, 9][index])}
 
 
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):

@@ -33,11 +33,12 @@ def test_equals_published_code(name, training):
         clamp_len=max(int(case["setting/clamp_len"]), 0),
         same_length=bool(case["setting/same_length"]),
     ).train(training)
-    pieces = golden.segments(case["tokens"].t(), case["segments"])
+    pieces = list(golden.segments(case["tokens"].t(), case["segments"]))
     for i, (tokens, targets) in enumerate(pieces):
-        with torch.no_grad():  # the fused form
-            nll = golden.token_losses(model(tokens, segment=f"train:1:{i}")[0], targets)
+        with torch.no_grad():  # the fused form; in evaluation, with keys and values that are kept
+            nll = golden.token_losses(model(tokens, segment=f"valid:1:{i}")[0], targets)
         torch.testing.assert_close(nll.t(), case[f"nll{i}"], atol=1e-4, rtol=0)
+    for i, (tokens, targets) in enumerate(pieces):
         model.zero_grad()
         nll = golden.token_losses(model(tokens, segment=f"train:1:{i}")[0], targets)
         torch.testing.assert_close(nll.t(), case[f"nll{i}"], atol=1e-4, rtol=0)
@@ -136,6 +137,13 @@ def test_memory_is_bounded_and_detached(mem_len):
         assert not any(layer["memory"].requires_grad for layer in kept)
         for layer in kept:  # no rows behind a view
             assert layer["memory"].untyped_storage().nbytes() == 4 * layer["memory"].numel()
+    model.eval()
+    for index in range(4):
+        with torch.no_grad():
+            model(torch.randint(29, (2, 7)), segment=f"valid:1:{index}")
+        for layer in model.carried._latest["valid", False].state:
+            rows = {key: len(tensor) for key, tensor in layer.items()}
+            assert rows == dict.fromkeys(("keys", "values"), min(7 * (index + 1), mem_len))
 
 
 def test_dropout_acts_in_training_only():
