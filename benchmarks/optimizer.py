@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from timing import arguments, compare, describe_machine
 
-from fairseq_sha.models.sha_rnn import SHARNNDecoder, SHARNNEnwik8Config
+from fairseq_sha.models.sha_rnn import SHARNNConfig, SHARNNDecoder
 from fairseq_sha.ops.oracles import min_trust_lamb_reference
 from fairseq_sha.optim.min_trust_lamb import MinTrustLAMB
 
@@ -15,7 +15,7 @@ from fairseq_sha.optim.min_trust_lamb import MinTrustLAMB
 def parameters(dictionary, device):
     """Parameters of the paper's model with one head, and a gradient for each."""
     torch.manual_seed(1)
-    decoder = SHARNNDecoder(OmegaConf.structured(SHARNNEnwik8Config()), dictionary)
+    decoder = SHARNNDecoder(OmegaConf.structured(SHARNNConfig()), dictionary)
     params = [torch.nn.Parameter(p.detach().to(device, copy=True)) for p in decoder.parameters()]
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)

@@ -2,18 +2,37 @@
 
 import importlib
 
+import pytest
 import torch
 
 from fairseq_sha import compatibility
 from fairseq_sha.trained_model import TrainedModel
 from tests import random_checkpoint
 from tests.commands import REPOSITORY
+from tests.conftest import dictionary_of
+
+FOLDER = REPOSITORY / "benchmarks"
 
 
-def test_generation_is_timed_after_the_text_before(tmp_path, monkeypatch):
+@pytest.fixture
+def load(monkeypatch):
+    """Import a benchmark by its name."""
     monkeypatch.setattr(compatibility, "flush_denormals", lambda: None)  # of the whole process
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    generation = importlib.import_module("generation")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_every_benchmark_finds_what_it_measures(load, name):
+    load(name)
+
+
+def test_the_optimizer_is_measured_on_the_papers_model(load):
+    assert sum(p.numel() for p in load("optimizer").parameters(dictionary_of(205), "cpu")) > 53e6
+
+
+def test_generation_is_timed_after_the_text_before(tmp_path, monkeypatch, load):
+    generation = load("generation")
     path = random_checkpoint.write(tmp_path / "model.pt", window=500)
     (model,) = TrainedModel.load(path, cpu=True).models
     tokens = torch.randint(4, 12, (201, 1))
