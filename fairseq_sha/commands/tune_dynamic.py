@@ -244,9 +244,12 @@ def options(rule, point, args):
 
 
 def at_the_end(best, bits):
-    """A warning if the best learning rate is the largest that was tried."""
-    largest = max(rate for rate, _ in bits)
-    return " (the end of the grid; try larger rates)" if best[0] == largest > 0 else ""
+    """A warning if the best learning rate is the smallest or the largest above 0 that was tried."""
+    rates = sorted({rate for rate, _ in bits if rate > 0})
+    wanted = [
+        name for name, end in (("smaller", rates[:1]), ("larger", rates[-1:])) if end == [best[0]]
+    ]
+    return f" (the end of the grid; try {' and '.join(wanted)} rates)" if wanted else ""
 
 
 def grid_table(bits):

@@ -12,7 +12,7 @@ from fairseq.models import FairseqDecoder, FairseqLanguageModel
 from omegaconf import OmegaConf
 from torch import nn
 
-from fairseq_sha.commands import main
+from fairseq_sha.commands import main, tune_dynamic
 from fairseq_sha.data.codecs import ByteCodec
 from fairseq_sha.evaluation.dynamic import RMS, SGD, Dynamic, Learner, collect
 from fairseq_sha.evaluation.evaluate import evaluate, token_losses
@@ -498,7 +498,7 @@ def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
         assert set(points) == {(0, 0), *rates}
         finite = {point: bits for point, bits in points.items() if np.isfinite(bits)}
         assert (figures["lr"], figures["decay"]) == min(finite, key=finite.get)
-        choice = re.search(rf"best: (--dynamic {rule} .*)", out)[1]
+        choice = re.search(rf"best: (--dynamic {rule} [^(\n]*)", out)[1]
         assert choice.startswith(f"--dynamic {rule} --dynamic-lr {figures['lr']:g}")
         run("evaluate", data, "--path", own, "--cpu --json", tmp_path / rule, choice)
         score = json.loads((tmp_path / rule).read_text())["dynamic"]
@@ -512,6 +512,22 @@ def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
     words = ["tune-dynamic", data, "--path", path, "--dynamic", "sgd", "--score", "test"]
     assert main([*map(str, words), "--dynamic-segment", "21", "--out", str(folder)]) == 1
     assert "small.json: is of split test and segments of 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "rates, best, warning",
+    [
+        ((0.1, 0.2, 0.3), 0.2, ""),
+        ((0.1, 0.2, 0.3), 0.1, " (the end of the grid; try smaller rates)"),
+        ((0.1, 0.2, 0.3), 0.3, " (the end of the grid; try larger rates)"),
+        ((0.1,), 0.1, " (the end of the grid; try smaller and larger rates)"),
+        ((0.1, 0.2), 0.0, ""),
+        ((), 0.0, ""),
+    ],
+)
+def test_best_rate_at_an_end_of_the_grid_is_said(rates, best, warning):
+    bits = {(rate, 0.0): 1.0 for rate in (0.0, *rates)}
+    assert tune_dynamic.at_the_end((best, 0.0), bits) == warning
 
 
 def test_choice_for_windows_names_their_context(data, tmp_path, capsys):
