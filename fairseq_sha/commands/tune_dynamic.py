@@ -245,11 +245,12 @@ def options(rule, point, args):
 
 def at_the_end(best, bits):
     """A warning if the best learning rate is the smallest or the largest above 0 that was tried."""
-    rates = sorted({rate for rate, _ in bits if rate > 0})
-    wanted = [
-        name for name, end in (("smaller", rates[:1]), ("larger", rates[-1:])) if end == [best[0]]
-    ]
-    return f" (the end of the grid; try {' and '.join(wanted)} rates)" if wanted else ""
+    if best[0] == 0:
+        return ""
+    rates = [rate for rate, _ in bits if rate > 0]
+    ends = {"smaller": min(rates), "larger": max(rates)}
+    wanted = " and ".join(name for name, end in ends.items() if end == best[0])
+    return f" (the end of the grid; try {wanted} rates)" if wanted else ""
 
 
 def grid_table(bits):

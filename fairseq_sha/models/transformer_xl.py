@@ -227,6 +227,7 @@ class TransformerXLDecoder(SegmentDecoder):
                 nn.init.zeros_(module.bias)
 
     def prepare(self, h, state, context):
+        # Memory, keys and values have as many rows.
         remembered = next(iter(state[0].values())).size(0) if state[0] else 0
         positions = self.embed_distances(remembered + len(h), h.device).to(h)
         return TransformerXLContext(

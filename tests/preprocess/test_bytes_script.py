@@ -336,7 +336,7 @@ def test_no_permission(runner):
 
 @pytest.mark.skipif(
     os.geteuid() == 0,
-    reason="the system refuses root no file; run as another user, or see the test before",
+    reason="root may open every file; run as another user, or see the test before",
 )
 def test_no_permission_in_the_file_system(runner):
     runner.write(TEXT)
