@@ -231,11 +231,14 @@ def find_state(model, length):
     names = [(layer, key) for layer, tensors in enumerate(expected[1]) for key in sorted(tensors)]
     rows_after = [len(expected[1][layer][key]) for layer, key in names]
     keys = sorted({key for _, key in names})  # one kind each, in all layers
-    for empty in itertools.product([False, True], repeat=len(keys)):
+    for is_empty in itertools.product([False, True], repeat=len(keys)):
+        empty = {key for key, no_rows in zip(keys, is_empty) if no_rows}
+        if len(empty & {"keys", "values"}) == 1:
+            continue  # Fused attention reads past the end of the shorter of the two.
         start = [{} for _ in expected[1]]
         for layer, key in names:
             after = expected[1][layer][key]
-            rows = 0 if empty[keys.index(key)] else len(after)
+            rows = 0 if key in empty else len(after)
             start[layer][key] = after.new_zeros(rows, *after.shape[1:])
         try:
             actual = model.read(tokens, start)

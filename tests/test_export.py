@@ -164,6 +164,20 @@ def test_shortest_windows(checkpoints, tmp_path, family, setting, length):
     np.testing.assert_allclose(exported, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_no_start_has_keys_without_values(checkpoints, tmp_path, monkeypatch):
+    """torch's fused attention does not compare their numbers of rows, and reads other memory."""
+    model = altered(checkpoints["SRUpp"], tmp_path, eval_unroll=1)
+    starts, read = [], model.read
+    monkeypatch.setattr(
+        model, "read", lambda tokens, *state: starts.extend(state) or read(tokens, *state)
+    )
+    onnx_export.find_state(model, 1)
+    pairs = [
+        (layer["keys"], layer["values"]) for start in starts for layer in start if "keys" in layer
+    ]
+    assert pairs and all(len(keys) == len(values) for keys, values in pairs)
+
+
 def test_large_weights_go_to_a_file_beside(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx_export, "MAX_BYTES_IN_ONE_FILE", 5000)
     out = tmp_path / "out"
