@@ -145,9 +145,8 @@ class RelativeAttention(nn.Module):
         q = self.heads(F.linear(h, query))
         keys, values, new_state = self.remember(h, state, key_and_value, context.training)
         keys, values = (self.heads(rows).flatten(1, 2) for rows in (keys, values))
-        r = self.heads(self.position(context.positions))
-        position_queries = (q + v).flatten(1, 2) / q.size(-1) ** 0.5
-        bias = causal_relative_bias(position_queries, r, self.same_length)
+        position_queries, r = self.project_positions((q + v) / q.size(-1) ** 0.5, context.positions)
+        bias = causal_relative_bias(position_queries.flatten(1, 2), r, self.same_length)
         p = self.p if context.training else 0.0
         mix = attend((q + u).flatten(1, 2), keys, values, bias, p)
         return self.output(mix.unflatten(1, (-1, self.n_head)).flatten(2)), new_state
@@ -165,6 +164,16 @@ class RelativeAttention(nn.Module):
         remembered, new_state = next_keys_and_values(state, own, self.mem_len)
         keys, values = (torch.cat(rows) for rows in zip(remembered, own))
         return keys, values, new_state
+
+    def project_positions(self, queries, positions):
+        """Two tensors whose products are those of the queries ``[T, B, heads, d]`` and ``W_kR R``,
+        for the embeddings ``R`` of distances ``[K + 1, H]``: queries ``[T, B, heads, d or H]`` and
+        positions ``[K + 1, heads or 1, d or H]``."""
+        if len(queries) > 1:
+            return queries, self.heads(self.position(positions))
+        # In generation there are far fewer queries than distances, so these are projected instead.
+        weight = self.position.weight.unflatten(0, (self.n_head, -1))
+        return torch.einsum("tbnd,ndh->tbnh", queries, weight), positions.unsqueeze(1)
 
     def heads(self, x):
         """``[..., heads * d] -> [..., heads, d]``"""

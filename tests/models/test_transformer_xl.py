@@ -120,6 +120,18 @@ def test_one_token_at_a_time_equals_the_segment_pass():
     check_one_token_at_a_time(randomise(decoder(mem_len=20)).eval(), 20)
 
 
+def test_gradients_of_one_token_equal_those_in_a_longer_segment():
+    """One token's product with the positions is computed in another order."""
+    model = randomise(decoder(mem_len=20))
+    tokens = torch.randint(29, (9, 3))
+    gradients = []
+    for end in (8, 9):
+        _, state = model.read(tokens[:7], None)
+        features, _ = model.read(tokens[7:end], state)
+        gradients.append(torch.autograd.grad(features[0].square().sum(), model.layers.parameters()))
+    torch.testing.assert_close(*gradients)
+
+
 def test_cutting_otherwise_changes_nothing_when_every_query_sees_as_much():
     """With same_length, what a position sees does not depend on where segments begin."""
     model = randomise(decoder(mem_len=6, same_length=True)).eval()
