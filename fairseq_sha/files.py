@@ -80,12 +80,13 @@ def try_lock(path):
     """Lock a file among all processes and threads, without waiting.
 
     Args:
-        path (str or Path): the file, which is made if it is missing; its folder must exist
+        path (str or Path): the file, which is made if it is missing, and not changed otherwise;
+            its folder must exist
 
     Returns:
         an open file that holds the lock until it is closed; None if another one has it
     """
-    file = open(path, "w")
+    file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -97,6 +98,6 @@ def try_lock(path):
 @contextlib.contextmanager
 def locked(path):
     """Hold the lock of a file, see :func:`try_lock`; wait for it."""
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -65,8 +65,7 @@ def add_arguments(parser):
     tuning.add_argument(
         "--trials",
         type=int,
-        default=16,
-        help="trials of each model, beside its recipe (default: %(default)s)",
+        help="trials of each model, beside its recipe (default: 16)",
     )
     tuning.add_argument(
         "--tuning",

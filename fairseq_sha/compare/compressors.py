@@ -228,7 +228,8 @@ def part_read(train, count, streams=1):
 
     Training cuts the text into ``streams`` equal runs and reads them side by side. A model that has
     not finished the first epoch has read the beginning of each run, and that is what is returned:
-    the beginnings, in the order of the text. One stream gives the beginning of the text.
+    the beginnings, in the order of the text. One stream gives the beginning of the text. A model
+    that begins at a random place (``random_start``) has read as much of other places.
 
     Raises:
         UserError: ``count`` is negative, or ``streams`` not positive

@@ -22,6 +22,8 @@ WITHIN = (
     "measure of what a shorter run with a schedule of its own would have cost; for that, compare "
     "budgets of several sizes and name all of their folders."
 )
+#: Bits by which the validation in training may differ from the evaluation.
+SAME_VALIDATION = 0.02
 BETWEEN = (
     "Costs to reach a score are read off whole runs of several lengths with the same seed, each "
     "with its own schedule: bits on valid at the end of each run, and between two of them linear "
@@ -54,6 +56,12 @@ def within(runs):
         )
         for run in runs
     ]
+
+
+def is_evaluated_alike(run):
+    """Whether a learning curve tells how good a run's model is in evaluation, which may have
+    longer segments or more context than the validation in training."""
+    return not abs(run["valid_curve"][-1][1] - run["valid"]["bits"]) > SAME_VALIDATION
 
 
 def between(runs):

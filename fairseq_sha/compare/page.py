@@ -92,7 +92,7 @@ def write(folders, destination, reach=(), relative_to=None):
             joint_drawn.append((pictures.COMPUTE, pictures.COMPUTE_CAPTION))
     except ImportError:
         drawn, complete = {}, False
-    sections = []
+    sections, costs = [], []
     if len(comparisons) > 1:
         equal = of_equal_budgets(comparisons)
         joint = [joint_table(comparisons, rows, labels)] if len(equal) > 1 else []
@@ -103,15 +103,15 @@ def write(folders, destination, reach=(), relative_to=None):
                 "Comparisons with the same seconds on different machines are in no table together, "
                 "since a model is trained for a different number of updates on each."
             )
-        budgets = [found["settings"]["budget"] for found in comparisons.values()]
-        costs, notes = costs_between([*zip(budgets, rows.values())], labels, reach, relative_to)
+        costs, notes = costs_between(comparisons, rows, labels, reach, relative_to)
         sections.append(
             Section("All comparisons", "", [*joint, *costs], joint_drawn, [*about, *notes])
         )
     for name, found in comparisons.items():
         tables, notes = summary.report(found, references[name])
-        costs, about_costs = costs_within(rows[name], reach, references[name])
-        tables, notes = [*tables, *costs], [*notes, *about_costs]
+        if not costs:  # those between comparisons are a better measure
+            tables_of_costs, about_costs = costs_within(rows[name], reach, references[name])
+            tables, notes = [*tables, *tables_of_costs], [*notes, *about_costs]
         command = found.get("command", "")
         sections.append(Section(name, command, tables, drawn.get(name, []), notes))
     title = "Comparison of language models"
@@ -212,28 +212,58 @@ def check_reference(comparisons, model):
 
 def costs_within(rows, reach, reference):
     """Tables of what it costs to reach scores within each run of a comparison, and sentences."""
-    models = {row["model"]: (cost.within(row["runs"]), row["runs"]) for row in rows}
-    return costs_of(models, reach, reference or summary.reference_row(rows)["model"], cost.WITHIN)
+    models, other = {}, []
+    for row in rows:
+        if all(map(cost.is_evaluated_alike, row["runs"])):
+            models[row["model"]] = cost.within(row["runs"]), row["runs"]
+        else:
+            other.append(row["model"])
+    reference = reference or summary.reference_row(rows)["model"]
+    tables, notes = costs_of(models, reach, reference, cost.WITHIN)
+    if reach and other:
+        notes = [
+            *notes,
+            "No cost, because the validation in training differs from the evaluation, by more than "
+            f"{cost.SAME_VALIDATION} bits: {', '.join(other)}.",
+        ]
+    return tables, notes
 
 
-def costs_between(comparisons, labels, reach, reference):
-    """The same between the runs of several comparisons, of which each is a budget and its rows. The
-    paper's recipe of a model and a tuned one are not lengths of one recipe."""
-    runs = {}
-    for budget, rows in comparisons:
-        for row in rows:
-            of_recipe = runs.setdefault(labels[row["model"], row["recipe"]], [])
-            of_recipe += [(budget, run) for run in row["runs"]]
+def costs_between(comparisons, rows, labels, reach, reference):
+    """The same between the runs of several comparisons. The paper's recipe of a model and a tuned
+    one are not lengths of one recipe, nor are two tuned ones that differ."""
+    runs, recipes = {}, {}
+    for name, found in comparisons.items():
+        for row in rows[name]:
+            label = labels[row["model"], row["recipe"]]
+            of_recipe = runs.setdefault(label, [])
+            of_recipe += [(found["settings"]["budget"], run) for run in row["runs"]]
+            recipes.setdefault(label, []).append(chosen_settings(found, row))
+    several = [name for name, found in recipes.items() if any(one != found[0] for one in found)]
     models = {
-        name: (cost.between(found), [run for _, run in found]) for name, found in runs.items()
+        name: ([] if name in several else cost.between(found), [run for _, run in found])
+        for name, found in runs.items()
     }
     if reference is None:
-        best = summary.reference_row(comparisons[-1][1])
+        best = summary.reference_row([*rows.values()][-1])
         reference = labels[best["model"], best["recipe"]]
     else:
         names = [labels[reference, r] for r in ("tuned", "paper") if (reference, r) in labels]
         reference = next((name for name in names if models[name][0]), names[0])
-    return costs_of(models, reach, reference, cost.BETWEEN)
+    tables, notes = costs_of(models, reach, reference, cost.BETWEEN)
+    if reach and several:
+        notes = [*notes, f"No cost, because the recipes chosen differ: {', '.join(several)}."]
+    return tables, notes
+
+
+def chosen_settings(comparison, row):
+    """What tuning chose for a row's model; None if it is not known, or the recipe was given."""
+    model = comparison.get("tuning", {}).get("models", {}).get(row["model"], {})
+    if row["recipe"] != "tuned":
+        return None
+    return next(
+        (t["settings"] for t in model.get("trials", []) if t["trial"] == model.get("chosen")), None
+    )
 
 
 def costs_of(models, reach, reference, where):

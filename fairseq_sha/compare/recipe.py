@@ -82,21 +82,19 @@ def load(path, data, changes, sections=None):
     if not path.is_file():
         raise UserError(f"{path}: no such config; give the path of a YAML file")
     beside = path.parent / "evaluation" / path.name
+    own = read_yaml(path)
+    for name, section in (read_yaml(sections) if sections else {}).items():
+        own[name] = section
+    own["evaluation"] = read_yaml(beside) if beside.is_file() else {}
     try:
-        own = OmegaConf.load(str(path))
-        for name, section in (OmegaConf.load(str(sections)) if sections else {}).items():
-            own[name] = section
         config = OmegaConf.merge(
             own,
-            OmegaConf.create(
-                {"evaluation": OmegaConf.load(str(beside)) if beside.is_file() else {}}
-            ),
             OmegaConf.from_dotlist(changes),
             OmegaConf.create(COMMON),
             OmegaConf.create({"task": {"data": str(data)}} if data else {}),
         )
         config = OmegaConf.to_container(config, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a config: {' '.join(str(error).split())}; correct it")
     evaluation = config.pop("evaluation")
     unknown = set(evaluation) - EVALUATION
@@ -109,12 +107,26 @@ def load(path, data, changes, sections=None):
             raise UserError(f"{path}: {field} is missing; the comparison needs it, so add it")
     length = evaluation.get("tokens_per_sample", config["task"]["tokens_per_sample"])
     context = evaluation.get("context_window", 0)
+    for name, value in (("tokens_per_sample", length), ("context_window", context)):
+        if not isinstance(value, int):
+            raise UserError(f"{path}: in evaluation, {name} is {value!r}; give a whole number")
     if not length > context:
         raise UserError(
             f"{path}: in evaluation, tokens_per_sample {length} includes the context and must be "
             f"larger than context_window {context}; raise tokens_per_sample"
         )
     return Recipe(path.stem, config, evaluation)
+
+
+def read_yaml(path):
+    """The sections of a YAML file, a DictConfig; UserError."""
+    try:
+        found = OmegaConf.load(str(path))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a config: {' '.join(str(error).split())}; correct it")
+    if not OmegaConf.is_dict(found):
+        raise UserError(f"{path}: not a config, since it has no sections; correct it")
+    return found
 
 
 def grid(variants):
@@ -302,7 +314,8 @@ def hydra_train(folder, settings, multirun=False):
     command += ["--multirun"] if multirun else ["hydra/job_logging=stdout"]
     for field, value in settings.items():
         value = str(value)
-        if not re.fullmatch(r"[\w./:*+,-]+", value):
+        # A comma separates values of several runs, as the seeds are.
+        if field != "common.seed" and not re.fullmatch(r"[\w./:*+-]+", value):
             value = "'" + value.replace("'", r"\'") + "'"  # Hydra's own quotes
         command.append(f"{field}={value}")
     return [str(word) for word in command]

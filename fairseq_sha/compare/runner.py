@@ -35,6 +35,11 @@ from fairseq_sha.compare.space import RELATIVE, WARMUP, WARMUP_FIELDS
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import locked, try_lock, write_atomically
 
+DEFAULT_TRIALS = 16
+DIVERGED = "gradients are Nan/Inf"  # fairseq's message when it gives up
+#: Folders of a comparison with tuning that are not models.
+RESERVED = ("paper", "tuning", "chosen")
+
 
 def run(args):
     """Compare as the options of ``fairseq-sha compare`` say; returns the exit status."""
@@ -73,6 +78,7 @@ def compare(args):
     updates = {}
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out / "lock"):  # other processes may do some of the runs
+        settings = check_settings(args, models)
         for model in models:
             prepare(args.out / model.folder, model, settings[model.folder])
         cases = [(model, args.out / model.folder) for model in models]
@@ -160,9 +166,14 @@ def load(args):
     if not args.seeds and args.paper_seeds:
         given = " ".join(map(str, args.paper_seeds))
         raise UserError(f"--paper-seeds {given}: needs --seeds, which are trained beside them")
-    args.paper_seeds = list(
-        dict.fromkeys(args.seeds if args.paper_seeds is None else args.paper_seeds)
-    )
+    if args.space:
+        args.trials = args.trials or DEFAULT_TRIALS
+        args.paper_seeds = list(
+            dict.fromkeys(args.seeds if args.paper_seeds is None else args.paper_seeds)
+        )
+    for option in ("trials", "tuning", "paper_seeds", *(f"trial_{kind}" for kind in BUDGETS)):
+        if not args.space and getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: belongs to tuning; add --space")
     args.budget = budget_of(args)
     if args.rivals != ["none"]:
         compressors.chosen(args.rivals)
@@ -187,6 +198,8 @@ def load(args):
         model = recipes.load(path, args.data, [*args.set, *changes], args.recipe)
         if variant:
             model = model._replace(name=f"{model.name}-{variant}")
+        if args.space and model.name in RESERVED:
+            raise UserError(f"{path}: a folder of --space is called {model.name} too; rename it")
         if model.name in models:
             raise UserError(f"{path}: another config is called {model.name} too; rename one")
         check_data(Path(model.config["task"]["data"]))
@@ -259,7 +272,7 @@ def check_settings(args, models):
         scored = [*folder.glob("seed*/result.json")]
         if not scored:  # no result depends on settings of evaluation yet
             changes = {key: text for key, text in changes.items() if not is_evaluation(key)}
-        if changes and (scored or [*folder.glob("seed*/checkpoints/*.pt")]):
+        if changes and (scored or [*folder.glob("seed*/checkpoints/checkpoint*.pt")]):
             raise UserError(
                 f"{folder} has results of another {', '.join(changes.values())}; choose another "
                 "--out, or remove it"
@@ -273,8 +286,11 @@ def is_evaluation(key):
 
 
 def prepare(folder, model, settings):
-    """Make a model's folder. Logs that other settings left there are removed."""
+    """Make a model's folder. Logs that other settings left there are removed; UserError if a
+    command still works there."""
     changes = changed(folder, settings)
+    if changes:
+        check_unused(folder)
     if not all(map(is_evaluation, changes)):
         shutil.rmtree(folder)
     elif changes:
@@ -285,6 +301,18 @@ def prepare(folder, model, settings):
     config = recipes.runnable(model.config)
     write_atomically(folder / "recipe.yaml", yaml.safe_dump(config, sort_keys=False))
     write_json(folder / "settings.json", settings)
+
+
+def check_unused(folder):
+    """UserError if a run in a model's folder goes on, maybe without the command that began it."""
+    for path in [*folder.glob("seed*/lock"), *folder.glob("*.log"), *folder.glob("seed*/*.log")]:
+        lock = try_lock(path)
+        if lock is None:
+            raise UserError(
+                f"{folder}: a run with other settings goes on there; stop it, or choose another "
+                "--out"
+            )
+        lock.close()
 
 
 def print_commands(args, models):
@@ -345,7 +373,8 @@ def finished(args, runs):
             result.pop("recipe", None)
             results.append({**result, **({"recipe": model.variant} if model.variant else {})})
         else:
-            missing.append(f"{model.title} seed {seed}")
+            diverged = DIVERGED in read(path.with_name("train.log"))
+            missing.append(f"{model.title} seed {seed}{' (diverged)' if diverged else ''}")
     return results, missing
 
 
@@ -374,15 +403,16 @@ def rivals(args, runs):
             if (model.name, model.variant or None) == (best["model"], best.get("recipe"))
         )
         streams = recipes.lookup(model.config, "dataset.batch_size", 1)
-    return compressors.rows(
-        train,
-        test,
-        primed_with=[0, *seen, len(train)],
-        cache=args.out / "rivals.json",
-        only=args.rivals,
-        streams=streams,
-        progress=lambda line: print(line, flush=True),
-    )
+    with locked(args.out / "rivals.lock"):  # another process may measure them
+        return compressors.rows(
+            train,
+            test,
+            primed_with=[0, *seen, len(train)],
+            cache=args.out / "rivals.json",
+            only=args.rivals,
+            streams=streams,
+            progress=lambda line: print(line, flush=True),
+        )
 
 
 def report(args, runs, settings, tuned, rivals=()):

@@ -230,7 +230,7 @@ def report(everything, reference=None):
         *(about_tuning(tuning) if tuning else []),
         *about_rivals(rivals),
         *(
-            [f"Not finished: {', '.join(everything['not_finished'])}."]
+            [f"Not finished, and so in no mean: {', '.join(everything['not_finished'])}."]
             if everything["not_finished"]
             else []
         ),
@@ -403,8 +403,9 @@ def about_bits(rows, rivals):
     if any(row["difference"] and row["difference"][1] for row in rows):
         notes.append(
             "“Not resolved”: the interval of the difference contains zero. Both models are scored "
-            "on the same blocks, and paired by seed if they have the same seeds. Each interval is "
-            "for its difference alone, not adjusted for the number of them."
+            "on the same blocks, and paired by seed if they have the same seeds; otherwise the "
+            "interval covers more than 95 %. Each interval is for its difference alone, not "
+            "adjusted for the number of them."
         )
     if any(row["rank"] for row in rows):
         notes.append("Ranks are 95 % intervals from the same draws, compressors left out.")
@@ -453,7 +454,8 @@ def about_training(everything, machines):
     """Sentences about budget, times and machines."""
     notes = [
         f"The budget was {everything['settings']['budget']} of training. Seconds are the number of "
-        "updates times the median time of an update, without validation and checkpoints.",
+        "updates times the time of an update, without validation and checkpoints: the median of "
+        "the run, or of a short run before.",
         "Memory is the main memory of the training process.",
     ]
     beside = [run for run in everything["runs"] if (run.get("machine") or {}).get("runs at once")]
@@ -532,9 +534,9 @@ def setting_names(settings):
 def about_tuning(tuning):
     notes = [
         f"Tuning: {tuning['budget']} for each trial. The first trial of each model is the paper's "
-        "recipe. The choice is by valid only. The expected best of k trials is the unbiased "
-        "estimator of Tang et al. (arXiv 2004.13705); a failed trial counts like the worst of any "
-        "model."
+        "recipe. The choice is by valid only. The expected best of k trials is by the "
+        "estimator of Tang et al. (arXiv 2004.13705), over all trials, as if they were drawn at "
+        "random; a failed trial counts like the worst of any model."
     ]
     border = [
         f"{name} ({', '.join(model['on_border'])})"

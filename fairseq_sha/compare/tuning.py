@@ -54,14 +54,7 @@ class Tuning:
         if SEED in (*args.seeds, *args.paper_seeds):
             raise UserError(f"--seeds {SEED}: is the seed of all trials; choose others")
         self.settings = self._settings()
-        for model in models:
-            path = self.folder / model.name / "settings.json"
-            changes = runs.changed(path.parent, self.settings[model.name])
-            if changes:
-                raise UserError(
-                    f"{path.parent} has trials of another {', '.join(changes.values())}; choose "
-                    f"another --tuning, or remove {self.folder}"
-                )
+        self.check_settings()
         self.storage, self.studies = None, {}
 
     def __str__(self):
@@ -87,10 +80,21 @@ class Tuning:
             }
         return json.loads(json.dumps(out))
 
+    def check_settings(self):
+        """UserError if the folder has trials of other settings."""
+        for name, settings in self.settings.items():
+            changes = runs.changed(self.folder / name, settings)
+            if changes:
+                raise UserError(
+                    f"{self.folder / name} has trials of another {', '.join(changes.values())}; "
+                    f"choose another --tuning, or remove {self.folder}"
+                )
+
     def run(self):
         """Do all trials that are not done yet; other processes may do some of them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.locked():
+            self.check_settings()  # again, as another process may have begun
             for name, settings in self.settings.items():
                 path = self.folder / name / "settings.json"
                 if not path.is_file() and self.study(name).get_trials(deepcopy=False):
@@ -380,11 +384,12 @@ class Tuning:
         """Write the best recipe of each model as a config, and report the trials."""
         folder = self.folder / "chosen"
         (folder / "evaluation").mkdir(parents=True, exist_ok=True)
-        for model in self.chosen():
-            write_recipe(folder, model, f"{model.name}.yaml")
-            if model.evaluation:
-                path = folder / "evaluation" / f"{model.name}.yaml"
-                write_atomically(path, yaml.safe_dump(model.evaluation, sort_keys=False))
+        with self.locked():
+            for model in self.chosen():
+                write_recipe(folder, model, f"{model.name}.yaml")
+                if model.evaluation:
+                    path = folder / "evaluation" / f"{model.name}.yaml"
+                    write_atomically(path, yaml.safe_dump(model.evaluation, sort_keys=False))
         for name in self.models:
             best = self.best(name)
             if best is None:

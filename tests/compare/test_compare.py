@@ -304,7 +304,7 @@ def test_report_sums_up(data, finished):
         name = f"primed with {row['primed_with']:,} bytes" if row["primed_with"] else "alone"
         gap = row["bits"] - found["test"]["bits"]
         assert f"| xz -9e, {name} | {row['bits']:.3f} | {gap:+.3f} |" in table
-    assert "Not finished: bad seed 1." in table
+    assert "Not finished, and so in no mean: bad seed 1." in table
     assert "The budget was 100 updates of training." in table
     everything = json.loads((out / "results.json").read_text())
     assert everything["command"] == shlex.join(["fairseq-sha", "compare", *map(str, options)])
@@ -392,6 +392,28 @@ def test_a_config_may_be_corrected_while_there_are_no_results(tmp_path):
     assert (tmp_path / "x" / "speed.json").exists()
     runner.prepare(tmp_path / "x", model, {"config": {"model": {"width": 24}}})
     assert not (tmp_path / "x" / "speed.json").exists()
+
+
+@pytest.mark.parametrize("name", ["lock", "train.log"])
+def test_a_run_that_goes_on_is_not_removed(tmp_path, name):
+    """A training whose command was killed has the lock of its log only."""
+    model = recipes.Recipe("x", {"model": {"width": 16}}, {})
+    runner.prepare(tmp_path / "x", model, {"config": {"model": {"width": 16}}})
+    log = tmp_path / "x" / "seed1" / name
+    log.parent.mkdir()
+    log.write_text("update 1")
+    other = {"config": {"model": {"width": 24}}}
+    with try_lock(log):
+        with pytest.raises(UserError, match="x: a run with other settings goes on there; stop it"):
+            runner.prepare(tmp_path / "x", model, other)
+        assert log.read_text() == "update 1"
+    runner.prepare(tmp_path / "x", model, other)
+    assert not log.exists()
+
+
+def test_a_comma_in_a_path_is_no_list_of_values(tmp_path):
+    command = recipes.hydra_train(tmp_path, {"common.seed": "1,2", "checkpoint.save_dir": "a,b"})
+    assert command[-2:] == ["common.seed=1,2", "checkpoint.save_dir='a,b'"]
 
 
 def test_speed_is_measured_once_and_gives_updates(data, configs, tmp_path, monkeypatch):
@@ -617,7 +639,7 @@ def test_stock_model_and_a_change_of_evaluation_before_there_are_results(
         (GOOD, ["--updates", 5, "--data", "/nowhere"], r"/nowhere/dict.txt is missing; make a .*"),
         (GOOD, ["--updates", 5, "--set", "cpu"], r"--set cpu: give SECTION.FIELD=VALUE, .*"),
         ("a: [", ["--updates", 5], r".*/good.yaml: not a config: .*; correct it"),
-        ("- a", ["--updates", 5], r".*/good.yaml: not a config: .*; correct it"),
+        ("- a", ["--updates", 5], r".*/good.yaml: not a config, since it has no sections; .*"),
         (
             GOOD.replace("max_update: 800, ", ""),
             ["--updates", 5],
@@ -634,6 +656,23 @@ def test_stock_model_and_a_change_of_evaluation_before_there_are_results(
             ["--updates", 5, "--set", "evaluation.context_window=40"],
             r".*/good.yaml: in evaluation, tokens_per_sample 40 includes the context .*",
         ),
+        (
+            GOOD,
+            ["--updates", 5, "--set", "evaluation.tokens_per_sample=long"],
+            r".*/good.yaml: in evaluation, tokens_per_sample is 'long'; give a whole number",
+        ),
+        (
+            GOOD,
+            ["--updates", 5, "--recipe", "/nowhere.yaml"],
+            r"/nowhere.yaml: not a config: .*; correct it",
+        ),
+        (GOOD, ["--updates", 5, "--trials", 8], r"--trials: belongs to tuning; add --space"),
+        (
+            GOOD,
+            ["--updates", 5, "--trial-seconds", 8],
+            r"--trial-seconds: belongs to tuning; add --space",
+        ),
+        (GOOD, ["--updates", 5, "--paper-seeds"], r"--paper-seeds: belongs to tuning; .*"),
     ],
 )
 def test_mistakes_cost_one_line(data, tmp_path, compare, config, options, message):

@@ -160,7 +160,7 @@ def test_tuned_models_and_compressors():
     assert (line["trials"], line["failed"]) == ("8", "1")
     assert line["expected best of 8"] == line["best"] < line["expected best of 4"]
     assert line["chosen"].startswith("lr ")
-    assert "Not finished: min_gru seed 2." in notes
+    assert "Not finished, and so in no mean: min_gru seed 2." in notes
     assert with_note(notes, "Bytes of test") == "Bytes of test that were scored: 300,000."
     assert with_note(notes, "†").endswith(
         "since there is one seed of min_gru. Ranks do not cover it either."

@@ -430,6 +430,12 @@ def test_bad_options_are_one_line(folder, options, message):
     assert message in str(error.value)
 
 
+def test_a_model_may_not_be_called_as_a_folder_of_tuning(folder):
+    (folder / "good.yaml").rename(folder / "paper.yaml")
+    with pytest.raises(UserError, match="paper.yaml: a folder of --space is called paper too"):
+        make(folder, "--configs", str(folder / "paper.yaml"))
+
+
 @pytest.mark.parametrize("left", ["", "tuned"])
 def test_a_run_that_another_kind_of_comparison_left_counts_as_what_it_is_now(folder, left):
     model = recipes.load(folder / "good.yaml", folder / "data", [])
