@@ -172,18 +172,13 @@ def trace(decoder, length, names, start, grows):
 
 def metadata(codec):
     """What the command's help says of the symbols: strings by name."""
-    sizes = codec.bytes_per_token()
-    symbols = [
-        symbol_bytes(codec, token)[: int(size)].decode("latin-1")
-        for token, size in enumerate(sizes)
-    ]
-    special = [i for i, size in enumerate(sizes) if not size]
+    texts = codec.texts()
     tokenizer = {"tokenizer": _tokenizer(codec)} if codec.name == "pieces" else {}
     return {
         **tokenizer,
         "codec": codec.name,
-        "symbols": json.dumps(symbols),
-        "not_generated": json.dumps(sorted({*special, *codec.not_generated()})),
+        "symbols": json.dumps([text.decode("latin-1") for text in texts]),
+        "not_generated": json.dumps([token for token, text in enumerate(texts) if not text]),
         "start": json.dumps(codec.start),
     }
 
@@ -194,15 +189,6 @@ def _tokenizer(codec):
     vocab = {symbol: codec.dictionary.index(symbol) for symbol in tokenizer["model"]["vocab"]}
     tokenizer["model"]["vocab"] = {**vocab, pieces.NEWLINE: codec.dictionary.eos()}
     return json.dumps(tokenizer)
-
-
-def symbol_bytes(codec, token):
-    """The bytes that a token stands for in the middle of a text."""
-    if codec.lossless:
-        return codec.decode([token])
-    if token == codec.dictionary.eos():
-        return b"\n"
-    return codec.dictionary[token].encode() + b" "
 
 
 @torch.no_grad()

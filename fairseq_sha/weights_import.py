@@ -97,6 +97,8 @@ def read_symbols(path, codec="bytes"):
     lines = content.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
+    if not lines:
+        raise UserError(f"{path}: is empty; list the symbol of each row")
     parse = {"bytes": _parse_byte, "words": _parse_word, "pieces": _parse_piece}[codec]
     symbols, seen = [], set()
     for number, line in enumerate(lines, 1):
@@ -194,7 +196,7 @@ def check_symbols(symbols, codec, folder):
                 f"{folder}: its dictionary lacks {symbol!r}, a symbol of the weights; "
                 f"{REMEDIES[codec.name]}"
             )
-    ids = torch.tensor([indices[symbol] for symbol in symbols])
+    ids = torch.tensor([indices[symbol] for symbol in symbols], dtype=torch.long)
     for split in ("train", "valid", "test"):
         prefix = Path(folder) / split
         if not prefix.with_suffix(".idx").exists():

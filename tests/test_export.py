@@ -110,6 +110,19 @@ def test_example_generates_from_an_exported_model_with_ngrams(tmp_path):
     assert done.stdout == b"abc" + continue_until(model, b"abc", [], 20, beam=1)
 
 
+def test_example_reads_the_words_of_a_prompt_as_the_model_does(tmp_path):
+    """Ends of lines are tokens, and so are unknown words."""
+    codec = WordCodec.from_symbols([*random_checkpoint.SPECIAL, "the", "river"])
+    path = random_checkpoint.write(tmp_path / "model.pt", codec)
+    model = TrainedModel.load(path, cpu=True)
+    onnx_export.export(model, tmp_path / "model.onnx")
+    words = [sys.executable, "examples/onnx/generate.py", tmp_path / "model.onnx"]
+    words += ["the\nriver zebra", "--length", 0]
+    done = subprocess.run([str(word) for word in words], cwd=str(REPOSITORY), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == model.codec.decode(model.encode("the\nriver zebra"))
+
+
 def altered(checkpoint, folder, **fields):
     """A trained model with other settings."""
     state = torch.load(checkpoint, weights_only=True)

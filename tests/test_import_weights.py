@@ -317,6 +317,7 @@ def rename(weights, old, new):
         ("sha_rnn", lambda i: os.truncate(i.weights, 5000), "damaged, its contents do not match"),
         ("sha_rnn", lambda i: i.weights.unlink(), "weights.pt: cannot be read"),
         ("sha_rnn", lambda i: i.symbols.unlink(), "symbols.txt: cannot be read"),
+        ("sha_rnn", lambda i: i.symbols.write_text(""), "symbols.txt: is empty"),
         ("sha_rnn", lambda i: i.symbols.write_text("10\n256\n"), "line 2: '256' is not a byte"),
         ("sha_rnn", lambda i: i.symbols.write_text("10\n\n"), "line 2: '' is not a byte"),
         ("sha_rnn", lambda i: i.symbols.write_text("10\n11\n10\n"), "line 3: '</s>' appears twice"),

@@ -113,11 +113,21 @@ def test_generate_writes_prompt_and_continuation(path, capfdbinary):
     assert len(written("--samples", "2")) == 2 * 61
 
 
+def test_limits_of_training_do_not_hold_for_prompts(path, tmp_path):
+    state = torch.load(path, weights_only=True)
+    state["cfg"]["dataset"]["max_tokens"] = 20
+    torch.save(state, tmp_path / "model.pt")
+    model = TrainedModel.load(str(tmp_path / "model.pt"), cpu=True)
+    assert len(model.continuation(b"abc " * 20, 10)) == 10
+    assert model.models[0].max_positions() > 1e12
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--length", "0"], "--length 0: must be positive"),
         (["--temperature", "-1"], "--temperature -1.0: must be positive"),
+        (["--temperature", "1e-40"], "--temperature 1e-40: must be from 0.01 to 100"),
         (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
         (["--top-k", "-2"], "--top-k -2: must be positive"),
         (["--beam", "2", "--top-k", "2"], "--beam does not draw"),

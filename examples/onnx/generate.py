@@ -5,6 +5,7 @@ python examples/onnx/generate.py model.onnx "The history of" --length 300
 
 import argparse
 import json
+import re
 import sys
 
 import numpy as np
@@ -35,8 +36,9 @@ else:
     text = args.prompt.encode()
     if metadata["codec"] == "bytes":
         parts = [bytes([value]) for value in text]
-    else:
-        parts = [word + b" " for word in text.split()]
+    else:  # words, and ends of lines
+        parts = [part if part == b"\n" else part + b" " for part in re.findall(rb"\S+|\n", text)]
+        parts = [part if part in symbols else b"<unk> " for part in parts]
     unknown = [part for part in parts if part not in symbols]
     if unknown:
         sys.exit(f"error: the model has no symbol for {unknown[0]}; remove it from the prompt")

@@ -174,10 +174,13 @@ def bits_by_position(task, args, costs, sizes):
 
 
 def mark_of(trained, args):
-    """The token after which answers begin."""
+    """The token after which answers begin, in at least one line."""
     from fairseq_sha.evaluation import answers
 
-    return answers.mark_of(trained.task.codec, args.answers_after)
+    codec = trained.task.codec
+    mark = answers.mark_of(codec, args.answers_after)
+    answers.find(trained.task.dataset(args.split), args.split, codec, mark)
+    return mark
 
 
 def right_answers(trained, args, mark, costs):

@@ -100,11 +100,14 @@ def generation_options(args):
     Raises:
         UserError: a value that makes no sense, or options that exclude each other
     """
+    from fairseq_sha.portable import check_temperature
+
     for name in ("length", "samples", "temperature", "top_k", "top_p", "beam"):
         value = getattr(args, name)
         if value is not None and not (0 < value <= 1 if name == "top_p" else value > 0):
             limits = "above 0 and at most 1" if name == "top_p" else "positive"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {limits}")
+    check_temperature(args.temperature)
     if args.top_k and args.top_p:
         raise UserError("--top-k and --top-p: choose one")
     if args.beam is not None:

@@ -27,8 +27,8 @@ class ByteDictionary(Dictionary):
             UserError: the file is missing, malformed, or holds a symbol that is no byte value
         """
         dictionary = load_dictionary(super().load, f, **options)
-        for symbol in dictionary.symbols[dictionary.nspecial :]:
-            if _byte_of(symbol) is None and not symbol.startswith("madeupword"):
+        for symbol in _words(dictionary):
+            if _byte_of(symbol) is None:
                 raise UserError(
                     f"{f}: {symbol!r} is not a byte value; this task reads byte-level data, "
                     "such as the scripts in preprocess/ make"
@@ -101,6 +101,18 @@ def load_dictionary(load, path, **options):
             raise
         first_line = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{path}: not a dictionary ({first_line}); preprocess the corpus again")
+
+
+def is_of_bytes(dictionary):
+    """Whether a dictionary lists byte values only, and some."""
+    words = _words(dictionary)
+    return bool(words) and all(_byte_of(symbol) is not None for symbol in words)
+
+
+def _words(dictionary):
+    """The symbols that occur in a text."""
+    symbols = dictionary.symbols[dictionary.nspecial :]
+    return [symbol for symbol in symbols if not symbol.startswith("madeupword")]
 
 
 def _byte_of(symbol):

@@ -16,7 +16,7 @@ import torch
 from fairseq.data import Dictionary
 
 from fairseq_sha.data import pieces
-from fairseq_sha.data.byte_dictionary import ByteDictionary, load_dictionary
+from fairseq_sha.data.byte_dictionary import ByteDictionary, is_of_bytes, load_dictionary
 from fairseq_sha.errors import UserError
 
 #: Bytes of a text that are read at once.
@@ -205,14 +205,16 @@ class Codec(abc.ABC):
         return np.repeat(costs.astype(np.float64) / sizes, sizes)
 
     def is_forbidden(self, tokens):
-        """Which token ids of an array no corpus may hold: those that the dictionary lacks, ``<s>``
-        and ``<pad>``."""
-        return (tokens >= len(self.dictionary)) | (tokens < self.dictionary.eos())
+        """Which token ids of an array no corpus may hold: those that the dictionary lacks, and
+        those that stand for no text. If they did, as an unknown byte, they would be scored as if
+        one symbol stood for all."""
+        silent = np.append(self.bytes_per_token() == 0, True)
+        return silent[np.minimum(tokens, len(self.dictionary))]
 
     def not_generated(self):
         """Token ids that generation must never choose, besides ``<s>`` and ``<pad>``: a list."""
-        symbols = enumerate(self.dictionary.symbols)
-        return [i for i, symbol in symbols if symbol.startswith("madeupword")]
+        unknown = self.dictionary.unk()
+        return [i for i, text in enumerate(self._texts) if i >= unknown and not text]
 
 
 class ByteCodec(Codec):
@@ -237,13 +239,6 @@ class ByteCodec(Codec):
     def texts(self):
         return [b"" if v is None else bytes([v]) for v in self.dictionary.bytes_by_id()]
 
-    def is_forbidden(self, tokens):
-        # An unknown byte would be scored as if one symbol stood for all unknown bytes.
-        return super().is_forbidden(tokens) | (tokens == self.dictionary.unk())
-
-    def not_generated(self):
-        return [self.dictionary.unk(), *super().not_generated()]
-
 
 # A word, or the end of a line.
 _WORD = re.compile(r"\S+|\n")
@@ -265,7 +260,10 @@ class WordCodec(Codec):
     def load(cls, folder):
         if os.path.exists(os.path.join(folder, pieces.FILE)):
             raise UserError(f"{folder}: its tokens are pieces, not words; use --codec pieces")
-        return super().load(folder)
+        codec = super().load(folder)
+        if is_of_bytes(codec.dictionary):
+            raise UserError(f"{folder}: its tokens are bytes, not words; use --codec bytes")
+        return codec
 
     def encode(self, data, offset=0):
         tokens = [self._token(match[0]) for match in _WORD.finditer(_text(data, offset))]
@@ -302,11 +300,11 @@ class WordCodec(Codec):
 
     def texts(self):
         table = [
-            f"{symbol} ".encode("utf-8", "surrogateescape") for symbol in self.dictionary.symbols
+            b"" if _is_filler(symbol) else f"{symbol} ".encode("utf-8", "surrogateescape")
+            for symbol in self.dictionary.symbols
         ]
+        table[self.dictionary.bos()] = table[self.dictionary.pad()] = b""
         table[self.dictionary.eos()] = b"\n"
-        for i in (self.dictionary.bos(), self.dictionary.pad(), *self.not_generated()):
-            table[i] = b""
         return table
 
 
@@ -330,7 +328,7 @@ class PieceCodec(Codec):
         super().__init__(dictionary)
         self.tokenizer = tokenizer
         symbols = [
-            symbol for symbol in dictionary.symbols[dictionary.nspecial :] if _is_piece(symbol)
+            symbol for symbol in dictionary.symbols[dictionary.nspecial :] if not _is_filler(symbol)
         ]
         if {*symbols, pieces.NEWLINE} != _vocabulary(tokenizer):
             raise UserError(
@@ -395,20 +393,12 @@ class PieceCodec(Codec):
         texts = [b""] * nspecial
         texts[self.dictionary.eos()] = b"\n"
         symbols = self.dictionary.symbols[nspecial:]
-        return texts + [pieces.bytes_of(s) if _is_piece(s) else b"" for s in symbols]
-
-    def is_forbidden(self, tokens):
-        # A corpus of pieces has no use for tokens that stand for no text, such as <unk>.
-        silent = np.append(self.bytes_per_token() == 0, True)
-        return silent[np.minimum(tokens, len(self.dictionary))]
-
-    def not_generated(self):
-        unknown = self.dictionary.unk()
-        return [i for i, text in enumerate(self._texts) if i >= unknown and not text]
+        return texts + [b"" if _is_filler(s) else pieces.bytes_of(s) for s in symbols]
 
 
-def _is_piece(symbol):
-    return re.fullmatch(r"madeupword\d{4}", symbol) is None
+def _is_filler(symbol):
+    """Whether a symbol only fills a vocabulary up to a multiple of eight."""
+    return re.fullmatch(r"madeupword\d{4}", symbol) is not None
 
 
 def _vocabulary(tokenizer):

@@ -30,7 +30,8 @@ class Answers(NamedTuple):
 def mark_of(codec, text):
     """The token that a mark is; UserError if it is not one token that the model knows."""
     tokens = codec.encode(text.encode("utf-8"))
-    if len(tokens) != 1 or codec.is_forbidden(np.asarray(tokens)).any():
+    unusable = codec.is_forbidden(np.asarray(tokens)) | (tokens.numpy() == codec.dictionary.unk())
+    if len(tokens) != 1 or unusable.any():
         raise UserError(f"--answers-after '{text}': not one token of the model; give one")
     return int(tokens[0])
 
@@ -55,6 +56,23 @@ def places(tokens, mark, end):
     return after_mark & ~ends, np.cumsum(ends) - ends
 
 
+def find(corpus, split, codec, mark):
+    """The answers among the predictions of a split: which of them belong to one, and in which line
+    each is, as :func:`places` has it.
+
+    Raises:
+        UserError: the split has no answers
+    """
+    tokens = np.asarray(corpus.tokens)
+    is_answer, line = (of[1:] for of in places(tokens, mark, codec.dictionary.eos()))
+    if not is_answer.any():
+        raise UserError(
+            f"--answers-after: no line of {split} has an answer after this mark; give the one that "
+            "its lines have"
+        )
+    return is_answer, line
+
+
 def count(model, corpus, split, codec, policy, mark, costs):
     """Read a split once more and count which answers are right.
 
@@ -70,10 +88,7 @@ def count(model, corpus, split, codec, policy, mark, costs):
     Raises:
         UserError: the split has no answers
     """
-    tokens = np.asarray(corpus.tokens)
-    is_answer, line = (of[1:] for of in places(tokens, mark, codec.dictionary.eos()))
-    if not is_answer.any():
-        raise UserError(f"--answers-after: no line of {split} has an answer after this mark")
+    is_answer, line = find(corpus, split, codec, mark)
     _, wrong = evaluate(model, corpus, split, codec, policy, losses=mistakes)
     lines, of_line = np.unique(line[is_answer], return_inverse=True)
     mistaken = np.bincount(of_line, weights=wrong[is_answer])

@@ -6,6 +6,7 @@ n-gram embedding if there is one. ``None`` instead of the list means a start fro
 """
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,6 +206,10 @@ class SegmentDecoder(FairseqIncrementalDecoder):
         """fairseq's hook before each training batch."""
         self.num_updates = num_updates
         self.carried.begin_update(num_updates)
+
+    def max_positions(self):
+        """fairseq's hook: text may be of any length."""
+        return sys.maxsize
 
     # What a family may override.
 

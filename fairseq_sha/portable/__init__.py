@@ -16,12 +16,19 @@ from fairseq_sha.portable.model import (
     read,
 )
 
-__all__ = ["PortableModel", "is_portable_file", "load"]
+__all__ = ["PortableModel", "check_temperature", "is_portable_file", "load"]
 
 logger = logging.getLogger(__name__)
 
-#: Temperatures from which logits keep all their bits.
+#: Temperatures from which logits keep all their bits, and probabilities stay finite.
 TEMPERATURES = (0.01, 100.0)
+
+
+def check_temperature(temperature):
+    """Raise a UserError if no text can be drawn with it."""
+    least, most = TEMPERATURES
+    if not least <= temperature <= most:
+        raise UserError(f"--temperature {temperature}: must be from {least} to {most:g}")
 
 
 def load(path):
@@ -84,9 +91,7 @@ class PortableModel:
         Raises:
             UserError: a temperature out of range
         """
-        least, most = TEMPERATURES
-        if not least <= temperature <= most:
-            raise UserError(f"--temperature {temperature}: must be from {least} to {most:g}")
+        check_temperature(temperature)
         numbers = random.Random(seed)
         draws = [numbers.getrandbits(TOTAL_BITS) for _ in range(length)]
         factor = round((1 << NORM_BITS) / temperature)

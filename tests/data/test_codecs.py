@@ -107,7 +107,7 @@ def test_tokens_without_text_are_forbidden_in_a_corpus(codec):
     assert forbidden[[0, 1, size, size + 1]].all() and not forbidden[[2, 4]].any()
     # An unknown byte has no honest probability.
     assert forbidden[3] == codec.lossless
-    assert forbidden[size - 1] == (codec is PIECES)
+    assert forbidden[size - 1] == (codec is not ALL_BYTES)  # madeupword0000
     not_generated = codec.not_generated()
     assert (3 in not_generated) == codec.lossless and 4 not in not_generated
     assert (size - 1 in not_generated) == (codec is not ALL_BYTES)
@@ -122,6 +122,13 @@ def test_codecs_come_from_a_folder_or_a_checkpoint(tmp_path):
         CODECS["bytes"].load(str(tmp_path))
     with pytest.raises(UserError, match="dict.txt: no such file"):
         CODECS["words"].load(str(tmp_path / "none"))
+
+
+def test_bytes_are_not_taken_for_words(tmp_path):
+    """Otherwise byte 97 would count as a word of three bytes."""
+    ALL_BYTES.dictionary.save(str(tmp_path / "dict.txt"))
+    with pytest.raises(UserError, match="its tokens are bytes, not words; use --codec bytes"):
+        CODECS["words"].load(str(tmp_path))
 
 
 def test_pieces_come_from_a_folder_or_a_checkpoint(tmp_path):

@@ -8,11 +8,12 @@ import torch
 from fairseq.data import Dictionary
 
 from fairseq_sha.commands import main
-from fairseq_sha.data.codecs import ByteCodec
+from fairseq_sha.data.codecs import ByteCodec, WordCodec
 from fairseq_sha.evaluation.answers import mistakes, places
 from fairseq_sha.models.sha_rnn import SHARNN, SHARNNConfig, SHARNNDecoder
 from fairseq_sha.trained_model import TrainedModel
 from tests import random_checkpoint
+from tests.tasks.test_words import write_words
 from tests.tiny_corpus import text, write_folder
 
 
@@ -84,5 +85,21 @@ def test_refusals(tmp_path, capsys, mark, message):
     data = write_folder(tmp_path)
     path = random_checkpoint.write(tmp_path / "model.pt", ByteCodec.load(data))
     assert main(["evaluate", data, "--path", path, "--cpu", "--answers-after", mark]) == 1
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1
+    assert "bits per byte" not in out  # nothing was read
+
+
+def test_a_mark_without_answers_is_found_before_reading(tmp_path, capsys):
+    (data := tmp_path / "data").mkdir()
+    write_words(data)
+    with open(data / "dict.txt", "a") as file:
+        file.write("absent 1\n")
+    path = random_checkpoint.write(tmp_path / "model.pt", WordCodec.load(data))
+    for mark, message in (
+        ("zebra", "not one token of the model"),  # an unknown word is like any other
+        ("absent", "no line of test has an answer after this mark; give the one"),
+    ):
+        assert main(["evaluate", str(data), "--path", path, "--cpu", "--answers-after", mark]) == 1
+        out, error = capsys.readouterr()
+        assert message in error and "bits per byte" not in out
