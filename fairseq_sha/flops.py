@@ -127,8 +127,10 @@ def _training(task, model, criterion, streams):
         if torch.is_grad_enabled():
             loss.backward()
 
+    carries_state = _carries_state(model) and not task.cfg.random_windows
+
     def count_streams(number):
-        return _count(model, _batch(task, number, length, _carries_state(model)), read)
+        return _count(model, _batch(task, number, length, carries_state), read)
 
     return _of_streams(count_streams, streams) / (streams * length)
 
@@ -191,20 +193,26 @@ class _Beginning:
 
 def _count(model, batch, read):
     """The operations of a function that reads a batch, once the state that the model carries from
-    earlier segments grows no more."""
-    if "segment" in batch["net_input"]:
-        shapes = None
-        for index in itertools.count():
-            batch["net_input"]["segment"] = f"train:1:{index}"
-            with torch.no_grad():
-                read(batch)
-            following = f"train:1:{index + 1}"
-            state = model.decoder.carried.before(following, model.training)
-            before, shapes = shapes, [t.shape for layer in state for t in layer.values()]
-            if shapes == before:
-                break
-        batch["net_input"]["segment"] = following
-    return operations(lambda: read(batch))
+    earlier segments grows no more. That of a window that moves may repeat after several segments
+    only; the mean over these counts."""
+    if "segment" not in batch["net_input"]:
+        return operations(lambda: read(batch))
+    seen, counts = [], []
+    for index in itertools.count():
+        batch["net_input"]["segment"] = f"train:1:{index}"
+        with torch.no_grad():
+            read(batch)
+        following = f"train:1:{index + 1}"
+        state = model.decoder.carried.before(following, model.training)
+        shapes = [t.shape for layer in state for t in layer.values()]
+        if shapes in seen:
+            break
+        seen.append(shapes)
+    period = len(seen) - seen.index(shapes)
+    for number in range(index + 1, index + 1 + period):
+        batch["net_input"]["segment"] = f"train:1:{number}"
+        counts.append(operations(lambda: read(batch)))
+    return sum(counts) / period
 
 
 def operations(function):

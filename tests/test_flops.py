@@ -258,6 +258,33 @@ def test_every_family_is_counted(data, tmp_path, name):
     assert least < ratio < 5
 
 
+def test_windows_whose_state_repeats_after_several_segments(data, tmp_path_factory):
+    """Each 20 tokens the window of 60 is read again, wherever segments end."""
+    tiny = {"_name": "sparse_transformer", **family.FAMILIES["sparse_transformer"].tiny.model}
+    assert (tiny["window"], tiny["eval_stride"]) == (60, 20)
+    counts = [
+        counted(data, tmp_path_factory.mktemp("flops"), tiny, {"tokens_per_sample": length})
+        for length in (20, 30, 16)
+    ]
+    counts = [figures["evaluation_flops_per_token"] for figures in counts]
+    # Pieces of a window cost a little less attention than the window as a whole.
+    assert 0.9 * counts[0] < min(counts[1:]) and max(counts[1:]) <= counts[0]
+
+
+def test_random_windows_carry_nothing(data, tmp_path_factory):
+    model = {"_name": "transformer_xl", "width": 16, "num_layers": 2, "n_head": 2, "d_inner": 24}
+    counts = [
+        counted(
+            data,
+            tmp_path_factory.mktemp("flops"),
+            {**model, "mem_len": mem_len},
+            changes={"task": {"random_windows": random_windows}},
+        )["training_flops_per_token"]
+        for mem_len, random_windows in ((0, False), (200, True), (200, False))
+    ]
+    assert counts[0] == counts[1] < counts[2]
+
+
 def test_recomputation_of_sparse_attention_counts_once(monkeypatch):
     inputs = [torch.randn(24, 2, 3, 4, requires_grad=True) for _ in range(3)]
     run = partial(attend_fixed, stride=6, summary=2, num_summaries=3)

@@ -3,6 +3,7 @@
 import logging
 import math
 
+import torch
 from fairseq.data.iterators import EpochBatchIterator
 
 from fairseq_sha import compatibility
@@ -154,8 +155,12 @@ class SegmentIterator(EpochBatchIterator):
         if carried is not None:
             first = self.dataset.first_stream
             streams = slice(first, first + self.dataset.batch_size)
+            # Types stay if the weights have the same half precision: some states are in float32
+            # nevertheless. Automatic mixed precision leaves halves beside weights in float32, which
+            # a run without it could not read.
             same = state_dict.get("precision") == str(self.reference.dtype)
-            dtype = None if same else self.reference.dtype
+            keeps = same and self.reference.dtype != torch.float32
+            dtype = None if keeps else self.reference.dtype
             self.carried.restore(carried, streams, self.reference.device, dtype)
         elif state_dict.get("iterations_in_epoch", 0) > 0:
             logger.warning("the checkpoint holds no carried state; going on from nothing")

@@ -8,6 +8,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import nn
 
 from fairseq_sha.checks import require_at_least, require_dropouts
+from fairseq_sha.errors import UserError
 from fairseq_sha.models.family import Size, Tiny, register_family
 from fairseq_sha.models.segment_decoder import SegmentDecoder, SegmentLanguageModel
 from fairseq_sha.modules import FeedForward, MinGRU, MinLSTM
@@ -52,7 +53,8 @@ class MinRNNConfig(FairseqDataclass):
     dropout: float = field(
         default=0.0,
         metadata={
-            "help": "dropout of embedded tokens and of the outputs of blocks (default: none)"
+            "help": "dropout of embedded tokens and of what recurrence and feed-forward layer add "
+            "(default: none)"
         },
     )
 
@@ -123,7 +125,11 @@ def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "d_inner")
     require_at_least(0, cfg, "conv_width")
-    require_at_least(1 / cfg.width, cfg, "expansion")
+    if not cfg.expansion * cfg.width >= 1:
+        raise UserError(
+            f"--expansion {cfg.expansion}: the recurrent state of a layer of --width {cfg.width} "
+            "would be empty; raise one of them"
+        )
     require_dropouts(cfg, "dropout")
 
 

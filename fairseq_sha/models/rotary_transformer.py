@@ -10,7 +10,8 @@
 What a position sees depends on the use:
 
 * In training, all of its segment up to itself. Each segment is on its own, unless ``memory`` says
-  how many tokens before the segment are seen too, without gradient, as in Transformer-XL.
+  how many tokens before the segment are seen too. Their keys and values are kept as they were;
+  Transformer-XL keeps inputs and projects them with the weights of now.
 * In carried evaluation, scoring, compression and generation, itself and the ``eval_memory`` tokens
   before it, wherever segments begin. Layers carry keys and values of these tokens.
 * In evaluation by sliding windows (``--context-window``), its window up to itself. Each window is

@@ -51,7 +51,7 @@ class Pass(NamedTuple):
 
     features: torch.Tensor  # [T, B, H], after the last norm and dropout
     state: list
-    hidden: list  # the output of each layer, [T, B, H]
+    hidden: list  # the output of each layer, [T, B, H]; None where windows move
     context: Context
 
 

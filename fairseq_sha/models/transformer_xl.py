@@ -86,8 +86,8 @@ class TransformerXLConfig(AdaptiveConfig):
     dropout: float = field(
         default=0.1,
         metadata={
-            "help": "dropout of embeddings, positions, sublayers and the last output "
-            "(default: published script)"
+            "help": "dropout of embeddings, positions, sublayers, the last output, and inside "
+            "feed-forward layers (default: published script)"
         },
     )
     dropatt: float = field(

@@ -59,10 +59,9 @@ class WindowDecoder(SegmentDecoder):
             piece, tokens = tokens[:room], tokens[room:]
             done = self._read_piece(torch.cat([again, piece]), state, context)
             state = done.state
-            pieces.append((done.features[len(again) :], [h[len(again) :] for h in done.hidden]))
-        features = torch.cat([features for features, _ in pieces])
-        hidden = [torch.cat(outputs) for outputs in zip(*(hidden for _, hidden in pieces))]
-        return done._replace(features=features, hidden=hidden)
+            pieces.append(done.features[len(again) :])
+        # The outputs of layers are for the losses of training.
+        return done._replace(features=torch.cat(pieces), hidden=None)
 
     def _read_piece(self, tokens, state, context):
         done = super()._read_piece(tokens, state, context)

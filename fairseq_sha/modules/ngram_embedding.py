@@ -21,7 +21,7 @@ class NGramEmbedding(nn.Module):
         self.orders = orders
         self.buckets = buckets
         self.embedding = nn.Embedding(len(orders) * buckets, width)
-        # Small, so that each token's own embedding prevails until rows have learnt something.
+        # Small beside a token's own embedding of torch's initialisation, 1 / sqrt(width).
         nn.init.normal_(self.embedding.weight, std=0.1 / width**0.5)
 
     def forward(self, tokens, state):

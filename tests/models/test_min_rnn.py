@@ -111,6 +111,7 @@ def test_dropout_acts_in_training_only():
         (dict(width=0), "--width"),
         (dict(num_layers=0), "--num-layers"),
         (dict(expansion=0.0), "--expansion"),
+        (dict(width=49, expansion=0.99 / 49), "--expansion"),
         (dict(conv_width=-1), "--conv-width"),
         (dict(d_inner=0), "--d-inner"),
         (dict(dropout=1.0), "--dropout"),
