@@ -12,6 +12,22 @@ def randomise(module):
     return module
 
 
+def record_dropout(monkeypatch, *modules):
+    """Have the modules of these names in the package drop nothing; returns the list of what they
+    would drop from now on: pairs of a shape and a probability."""
+    seen = []
+
+    def record(x, p, training=True, shared=()):
+        assert not shared
+        if training and p > 0:
+            seen.append((tuple(x.shape), p))
+        return x
+
+    for module in modules:
+        monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
+    return seen
+
+
 def check_one_token_at_a_time(model, length, **tolerance):
     """Generation, one token after the other, gives what a segment of so many tokens does."""
     tokens = torch.randint(VOCABULARY, (3, length))

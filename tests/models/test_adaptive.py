@@ -21,7 +21,7 @@ from fairseq_sha.models.srupp import SRUppDecoder
 from fairseq_sha.models.transformer_xl import TransformerXLDecoder
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
-from tests.models.helpers import randomise
+from tests.models.helpers import randomise, record_dropout
 
 TRANSFORMER_XL = golden_cases("transformer_xl_adaptive")
 SRUPP = golden_cases("srupp_adaptive")
@@ -236,6 +236,19 @@ def test_bands_without_targets_get_a_gradient():
     tokens = torch.full((2, 3), EOS)
     head.losses(embedding(tokens), tokens).sum().backward()
     assert all(p.grad is not None for p in [*embedding.parameters(), *head.parameters()])
+
+
+def test_dropout_falls_before_projections_in_and_after_projections_out(monkeypatch):
+    embedding, head = build(div_val=2, dropout_projection=0.5)
+    seen = record_dropout(monkeypatch, "models.embeddings", "models.heads")
+    words = torch.arange(EOS, SYMBOLS)
+    h = embedding(words, True)
+    widths = [weight.size(1) for weight in embedding.weights]
+    assert [(shape[1], p) for shape, p in seen] == [(width, 0.5) for width in widths]
+    seen.clear()
+    head.losses(h, words, True)
+    assert [(shape[1], p) for shape, p in seen] == [(width, 0.5) for width in widths]
+    assert len(set(widths)) == len(widths) > 1
 
 
 def test_dropout_of_projections_acts_in_training_only():

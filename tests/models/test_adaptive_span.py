@@ -9,7 +9,7 @@ from fairseq_sha.models.adaptive_span import AdaptiveSpanConfig, AdaptiveSpanDec
 from fairseq_sha.models.family import FAMILIES
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden, helpers
-from tests.models.helpers import check_cuts, check_one_token_at_a_time
+from tests.models.helpers import check_cuts, check_one_token_at_a_time, record_dropout
 
 CASES = golden_cases("adaptive_span")
 FAMILY = FAMILIES["adaptive_span"]
@@ -192,16 +192,8 @@ def test_evaluation_remembers_what_heads_reach_only():
 
 
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
-    seen = []
-
-    def record(x, p, training=True, shared=()):
-        assert not shared
-        if training and p > 0:
-            seen.append((tuple(x.shape), p))
-        return x
-
-    for module in ("models.adaptive_span", "models.segment_decoder", "modules.feed_forward"):
-        monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
+    modules = ("models.adaptive_span", "models.segment_decoder", "modules.feed_forward")
+    seen = record_dropout(monkeypatch, *modules)
     model = decoder(num_layers=1, dropout=0.2)
     model(torch.randint(29, (3, 5)))
     assert seen == [((2 * 3, 5, 20 + 5 - 1), 0.2), ((5, 3, 40), 0.2)]

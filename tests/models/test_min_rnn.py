@@ -8,7 +8,13 @@ from fairseq_sha import UserError
 from fairseq_sha.models.family import FAMILIES
 from fairseq_sha.models.min_rnn import CausalConvolution, MinRNNConfig, MinRNNDecoder
 from tests.conftest import dictionary_of
-from tests.models.helpers import VOCABULARY, check_cuts, check_one_token_at_a_time, randomise
+from tests.models.helpers import (
+    VOCABULARY,
+    check_cuts,
+    check_one_token_at_a_time,
+    randomise,
+    record_dropout,
+)
 
 
 def decoder(**fields):
@@ -92,6 +98,12 @@ def test_named_architectures_are_about_as_large_as_sha_rnn(name):
     with torch.device("meta"):
         model = MinRNNDecoder(OmegaConf.structured(cfg()), dictionary_of(205))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(54, abs=5)
+
+
+def test_dropout_falls_on_embeddings_and_sublayers(monkeypatch):
+    seen = record_dropout(monkeypatch, "models.min_rnn", "models.segment_decoder")
+    decoder(num_layers=1, dropout=0.1)(torch.randint(29, (3, 5)))
+    assert seen == [((5, 3, 16), 0.1)] * 3
 
 
 def test_dropout_acts_in_training_only():

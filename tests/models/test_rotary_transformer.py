@@ -16,7 +16,13 @@ from fairseq_sha.models.rotary_transformer import (
 )
 from tests.commands import command
 from tests.conftest import dictionary_of
-from tests.models.helpers import VOCABULARY, check_cuts, check_one_token_at_a_time, randomise
+from tests.models.helpers import (
+    VOCABULARY,
+    check_cuts,
+    check_one_token_at_a_time,
+    randomise,
+    record_dropout,
+)
 from tests.options import options_of
 from tests.tiny_corpus import write_folder
 
@@ -192,6 +198,14 @@ def test_initial_weights():
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.head.weight is model.embedding.weight
     assert not any("bias" in name for name, _ in model.layers.named_parameters())
+
+
+def test_dropout_falls_on_embeddings_weights_and_sublayers(monkeypatch):
+    modules = ("models.rotary_transformer", "models.segment_decoder", "ops.attention")
+    seen = record_dropout(monkeypatch, *modules)
+    decoder(num_layers=1, dropout=0.1)(torch.randint(VOCABULARY, (3, 5)))
+    rows, weights = ((5, 3, 16), 0.1), ((2 * 3, 5, 5), 0.1)
+    assert seen == [rows, weights, rows, rows]
 
 
 def test_dropout_acts_in_training_only():

@@ -11,7 +11,7 @@ from fairseq_sha.models.family import FAMILIES
 from fairseq_sha.models.sha_rnn import SHARNNConfig, SHARNNDecoder
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
-from tests.models.helpers import VOCABULARY, check_one_token_at_a_time, randomise
+from tests.models.helpers import VOCABULARY, check_one_token_at_a_time, randomise, record_dropout
 
 CASES = golden_cases("sha_rnn")
 FAMILY = FAMILIES["sha_rnn"]
@@ -226,17 +226,8 @@ def test_memory_costs_no_gradient():
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
     """Which tensors are dropped, and with which probability, in the order of computation."""
     length, streams, width, memory = 5, 2, 24, 9
-    seen = []
-
-    def record(x, p, training=True, shared=()):
-        assert not shared
-        if training and p > 0:
-            seen.append((tuple(x.shape), p))
-        return x
-
-    for module in ("models.sha_rnn", "models.segment_decoder", "modules.boom", "ops.attention"):
-        monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
-    monkeypatch.setattr("fairseq_sha.modules.single_head_attention.dropout", record)
+    modules = ("models.sha_rnn", "models.segment_decoder", "modules.boom", "ops.attention")
+    seen = record_dropout(monkeypatch, *modules, "modules.single_head_attention")
 
     narrow, remembered = (length, streams, width), (memory, streams, width)
     boom = [((length, streams, 4, width), 0.2), (narrow, 0.2)]

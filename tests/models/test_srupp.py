@@ -9,7 +9,7 @@ from fairseq_sha.models.family import FAMILIES
 from fairseq_sha.models.srupp import SRUppConfig, SRUppDecoder
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
-from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
+from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise, record_dropout
 
 CASES = golden_cases("srupp")
 FAMILY = FAMILIES["srupp"]
@@ -89,16 +89,8 @@ def test_memory_is_the_segment_before_in_training_and_bounded_in_evaluation():
 
 
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
-    seen = []
-
-    def record(x, p, training=True, shared=()):
-        assert not shared
-        if training and p > 0:
-            seen.append((tuple(x.shape), p))
-        return x
-
-    for module in ("models.srupp", "models.segment_decoder", "ops.attention"):
-        monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
+    modules = ("models.srupp", "models.segment_decoder", "ops.attention")
+    seen = record_dropout(monkeypatch, *modules)
     model = decoder(num_layers=2, dropout=0.1, dropatt=0.2)
     model(torch.randint(29, (3, 5)))
     wide, weights, narrow = ((5, 3, 24), 0.1), ((6, 5, 5), 0.2), ((5, 3, 12), 0.1)

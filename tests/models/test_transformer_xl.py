@@ -9,7 +9,7 @@ from fairseq_sha.models.family import FAMILIES
 from fairseq_sha.models.transformer_xl import TransformerXLConfig, TransformerXLDecoder
 from tests.conftest import dictionary_of, golden_cases
 from tests.models import golden
-from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise
+from tests.models.helpers import check_cuts, check_one_token_at_a_time, randomise, record_dropout
 
 CASES = golden_cases("transformer_xl")
 FAMILY = FAMILIES["transformer_xl"]
@@ -168,17 +168,8 @@ def test_dropout_acts_in_training_only():
 
 
 def test_dropout_falls_where_the_paper_has_it(monkeypatch):
-    seen = []
-
-    def record(x, p, training=True, shared=()):
-        assert not shared
-        if training and p > 0:
-            seen.append((tuple(x.shape), p))
-        return x
-
     modules = ("models.transformer_xl", "models.segment_decoder", "modules.feed_forward")
-    for module in (*modules, "ops.attention"):
-        monkeypatch.setattr(f"fairseq_sha.{module}.dropout", record)
+    seen = record_dropout(monkeypatch, *modules, "ops.attention")
     length, streams, memory = 5, 3, 4
     narrow, inner = ((length, streams, 16), 0.1), ((length, streams, 40), 0.1)
     model = decoder(num_layers=1, dropout=0.1, dropatt=0.2, mem_len=memory)
