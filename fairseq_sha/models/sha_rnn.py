@@ -231,6 +231,13 @@ def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "window", "boom_multiple")
     require_dropouts(cfg, "dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output")
+    if str(cfg.cell) == "sru" and cfg.dropout_embedding > 0:
+        # At a start, a dropped token stays exactly 0 through all layers, and each norm multiplies
+        # its gradient by a million.
+        raise UserError(
+            f"--dropout-embedding {cfg.dropout_embedding}: gives --cell sru infinite gradients; "
+            "leave it out, or use --dropout-input"
+        )
     require_at_least(1, cfg, "ngram_buckets")
     if any(n < 2 for n in cfg.ngram_orders):
         raise UserError(f"--ngram-orders {cfg.ngram_orders}: each must be at least 2")
