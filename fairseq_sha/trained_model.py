@@ -73,7 +73,7 @@ class TrainedModel(GeneratorHubInterface):
         with open_dict(cfg):
             cfg.common.cpu = cpu
             cfg.common.fp16 = cfg.common.bf16 = False
-            cfg.dataset.max_tokens = cfg.dataset.batch_size = None  # of training, not of prompts
+            cfg.dataset.max_tokens = None  # it is for training; prompts may be longer
             cfg.task.data = data or cfg.task.data
             if collapse and "collapse" in cfg.model:
                 cfg.model.collapse = True

@@ -136,6 +136,10 @@ OPTIONS = {
     "negative segment": ("--tokens-per-sample -5", "--tokens-per-sample -5: must be at least 1"),
     "no layers": ("--num-layers 0 --attention-layers []", "--num-layers 0: must be at least 1"),
     "no width": ("--width 0", "--width 0: must be at least 1"),
+    "dead tokens": (
+        "--cell sru --dropout-embedding 0.1",
+        "--dropout-embedding 0.1: --cell sru begins with infinite gradients; leave it out",
+    ),
     "window": ("--window 39", "--window 39: below --tokens-per-sample 40"),
     "no window": ("--window 0", "--window 0: "),
     "no such layer": ("--attention-layers 2", "--attention-layers 2: there are 2 layers"),

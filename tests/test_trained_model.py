@@ -115,11 +115,13 @@ def test_generate_writes_prompt_and_continuation(path, capfdbinary):
 
 def test_limits_of_training_do_not_hold_for_prompts(path, tmp_path):
     state = torch.load(path, weights_only=True)
-    state["cfg"]["dataset"]["max_tokens"] = 20
+    state["cfg"]["dataset"].update(max_tokens=20, batch_size=2)
     torch.save(state, tmp_path / "model.pt")
     model = TrainedModel.load(str(tmp_path / "model.pt"), cpu=True)
     assert len(model.continuation(b"abc " * 20, 10)) == 10
     assert model.models[0].max_positions() > 1e12
+    prompts = [model.encode("abc")] * 3
+    assert [len(batch["id"]) for batch in model._build_batches(prompts, False)] == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,11 @@ if metadata["codec"] == "pieces":
 
     prompt = Tokenizer.from_str(metadata["tokenizer"]).encode(args.prompt).ids
 else:
-    text = args.prompt.encode()
     if metadata["codec"] == "bytes":
-        parts = [bytes([value]) for value in text]
+        parts = [bytes([value]) for value in args.prompt.encode()]
     else:  # words, and ends of lines
-        parts = [part if part == b"\n" else part + b" " for part in re.findall(rb"\S+|\n", text)]
+        parts = [part.encode() for part in re.findall(r"\S+|\n", args.prompt)]
+        parts = [part if part == b"\n" else part + b" " for part in parts]
         parts = [part if part in symbols else b"<unk> " for part in parts]
     unknown = [part for part in parts if part not in symbols]
     if unknown:

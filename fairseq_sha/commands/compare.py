@@ -35,6 +35,8 @@ command to continue.
 import argparse
 from pathlib import Path
 
+from fairseq_sha.compare import DEFAULT_TRIALS
+
 
 def add_arguments(parser):
     """Declare the options."""
@@ -65,7 +67,7 @@ def add_arguments(parser):
     tuning.add_argument(
         "--trials",
         type=int,
-        help="trials of each model, beside its recipe (default: 16)",
+        help=f"trials of each model, beside its recipe (default: {DEFAULT_TRIALS})",
     )
     tuning.add_argument(
         "--tuning",

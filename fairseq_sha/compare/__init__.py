@@ -4,3 +4,5 @@
 leave, and ``summary`` makes tables and pictures of it. Commands run in processes of their own, so
 that nothing here imports fairseq or torch.
 """
+
+DEFAULT_TRIALS = 16

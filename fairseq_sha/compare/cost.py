@@ -60,8 +60,11 @@ def within(runs):
 
 def is_evaluated_alike(run):
     """Whether a learning curve tells how good a run's model is in evaluation, which may have
-    longer segments or more context than the validation in training."""
-    return not abs(run["valid_curve"][-1][1] - run["valid"]["bits"]) > SAME_VALIDATION
+    longer segments or more context than the validation in training. A diverged one does."""
+    if not run["valid_curve"]:
+        return False
+    last, evaluated = run["valid_curve"][-1][1], run["valid"]["bits"]
+    return not math.isfinite(last - evaluated) or abs(last - evaluated) <= SAME_VALIDATION
 
 
 def between(runs):
@@ -182,11 +185,15 @@ def report(models, target, reference, where):
     table = summary.Table(title, ["model", "seeds that reach it", *kinds], rows)
     notes = [
         where,
-        f"Costs are geometric means over the seeds that reach the score, which is too low where "
-        f"some do not. In parentheses: the ratio to {reference}, with its 95 % interval from the "
-        f"spread between seeds, paired where both models have the same ({summary.DAGGER}: one "
-        f"seed, no interval).",
+        "Costs are geometric means over the seeds that reach the score, which is too low where "
+        "some do not.",
     ]
+    if reference in costs:
+        notes.append(
+            f"In parentheses: the ratio to {reference}, with its 95 % interval from the spread "
+            f"between seeds, paired where both models have the same ({summary.DAGGER}: one seed, "
+            "no interval)."
+        )
     if len(kinds) < len(KINDS):
         notes.append("Seconds to reach a score are left out, since runs are of several machines.")
     return table, notes

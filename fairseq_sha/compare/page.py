@@ -92,7 +92,7 @@ def write(folders, destination, reach=(), relative_to=None):
             joint_drawn.append((pictures.COMPUTE, pictures.COMPUTE_CAPTION))
     except ImportError:
         drawn, complete = {}, False
-    sections, costs = [], []
+    sections, joint_costs = [], set()
     if len(comparisons) > 1:
         equal = of_equal_budgets(comparisons)
         joint = [joint_table(comparisons, rows, labels)] if len(equal) > 1 else []
@@ -103,15 +103,18 @@ def write(folders, destination, reach=(), relative_to=None):
                 "Comparisons with the same seconds on different machines are in no table together, "
                 "since a model is trained for a different number of updates on each."
             )
-        costs, notes = costs_between(comparisons, rows, labels, reach, relative_to)
+        costs, notes, joint_costs = costs_between(comparisons, rows, labels, reach, relative_to)
         sections.append(
             Section("All comparisons", "", [*joint, *costs], joint_drawn, [*about, *notes])
         )
     for name, found in comparisons.items():
         tables, notes = summary.report(found, references[name])
-        if not costs:  # those between comparisons are a better measure
-            tables_of_costs, about_costs = costs_within(rows[name], reach, references[name])
-            tables, notes = [*tables, *tables_of_costs], [*notes, *about_costs]
+        # Costs between comparisons are a better measure.
+        others = [
+            row for row in rows[name] if labels[row["model"], row["recipe"]] not in joint_costs
+        ]
+        costs, about_costs = costs_within(others, reach, references[name])
+        tables, notes = [*tables, *costs], [*notes, *about_costs]
         command = found.get("command", "")
         sections.append(Section(name, command, tables, drawn.get(name, []), notes))
     title = "Comparison of language models"
@@ -213,25 +216,27 @@ def check_reference(comparisons, model):
 def costs_within(rows, reach, reference):
     """Tables of what it costs to reach scores within each run of a comparison, and sentences."""
     models, other = {}, []
+    if not reach:
+        return [], []
     for row in rows:
         if all(map(cost.is_evaluated_alike, row["runs"])):
             models[row["model"]] = cost.within(row["runs"]), row["runs"]
         else:
             other.append(row["model"])
-    reference = reference or summary.reference_row(rows)["model"]
-    tables, notes = costs_of(models, reach, reference, cost.WITHIN)
-    if reach and other:
+    tables, notes = costs_of(models, reach, reference or next(iter(models), None), cost.WITHIN)
+    if other:
         notes = [
             *notes,
-            "No cost, because the validation in training differs from the evaluation, by more than "
-            f"{cost.SAME_VALIDATION} bits: {', '.join(other)}.",
+            "No cost, because training has no validation, or one that differs from the evaluation "
+            f"by more than {cost.SAME_VALIDATION} bits: {', '.join(other)}.",
         ]
     return tables, notes
 
 
 def costs_between(comparisons, rows, labels, reach, reference):
-    """The same between the runs of several comparisons. The paper's recipe of a model and a tuned
-    one are not lengths of one recipe, nor are two tuned ones that differ."""
+    """The same between the runs of several comparisons, and the labels of the models that have
+    such costs. The paper's recipe of a model and a tuned one are not lengths of one recipe, nor are
+    two tuned ones that differ."""
     runs, recipes = {}, {}
     for name, found in comparisons.items():
         for row in rows[name]:
@@ -245,15 +250,14 @@ def costs_between(comparisons, rows, labels, reach, reference):
         for name, found in runs.items()
     }
     if reference is None:
-        best = summary.reference_row([*rows.values()][-1])
-        reference = labels[best["model"], best["recipe"]]
+        names = [labels[row["model"], row["recipe"]] for row in [*rows.values()][-1]]
     else:
         names = [labels[reference, r] for r in ("tuned", "paper") if (reference, r) in labels]
-        reference = next((name for name in names if models[name][0]), names[0])
+    reference = next((name for name in names if models[name][0]), names[0])
     tables, notes = costs_of(models, reach, reference, cost.BETWEEN)
     if reach and several:
         notes = [*notes, f"No cost, because the recipes chosen differ: {', '.join(several)}."]
-    return tables, notes
+    return tables, notes, {name for name, (curves, _) in models.items() if curves}
 
 
 def chosen_settings(comparison, row):

@@ -85,10 +85,11 @@ def load(path, data, changes, sections=None):
     own = read_yaml(path)
     for name, section in (read_yaml(sections) if sections else {}).items():
         own[name] = section
-    own["evaluation"] = read_yaml(beside) if beside.is_file() else {}
+    in_evaluation = {"evaluation": read_yaml(beside) if beside.is_file() else {}}
     try:
         config = OmegaConf.merge(
             own,
+            OmegaConf.create(in_evaluation),
             OmegaConf.from_dotlist(changes),
             OmegaConf.create(COMMON),
             OmegaConf.create({"task": {"data": str(data)}} if data else {}),
@@ -109,7 +110,7 @@ def load(path, data, changes, sections=None):
     context = evaluation.get("context_window", 0)
     for name, value in (("tokens_per_sample", length), ("context_window", context)):
         if not isinstance(value, int):
-            raise UserError(f"{path}: in evaluation, {name} is {value!r}; give a whole number")
+            raise UserError(f"{path}: {name} is {value!r}; give a whole number")
     if not length > context:
         raise UserError(
             f"{path}: in evaluation, tokens_per_sample {length} includes the context and must be "
@@ -122,7 +123,9 @@ def read_yaml(path):
     """The sections of a YAML file, a DictConfig; UserError."""
     try:
         found = OmegaConf.load(str(path))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file")
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: not a config: {' '.join(str(error).split())}; correct it")
     if not OmegaConf.is_dict(found):
         raise UserError(f"{path}: not a config, since it has no sections; correct it")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from fairseq_sha.compare import compressors, summary, texts, tuning
+from fairseq_sha.compare import DEFAULT_TRIALS, compressors, summary, texts, tuning
 from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.compare.logs import read
 from fairseq_sha.compare.processes import Processes, RunFailed
@@ -35,7 +35,6 @@ from fairseq_sha.compare.space import RELATIVE, WARMUP, WARMUP_FIELDS
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import locked, try_lock, write_atomically
 
-DEFAULT_TRIALS = 16
 DIVERGED = "gradients are Nan/Inf"  # fairseq's message when it gives up
 #: Folders of a comparison with tuning that are not models.
 RESERVED = ("paper", "tuning", "chosen")
@@ -105,7 +104,7 @@ def compare(args):
     def job(number, model, seed, wait=False):
         title = f"[{number}/{len(runs)}] {model.title}, seed {seed}"
         folder = args.out / model.folder
-        (folder / f"seed{seed}").mkdir(exist_ok=True)
+        (folder / f"seed{seed}").mkdir(parents=True, exist_ok=True)
         while (lock := try_lock(folder / f"seed{seed}" / "lock")) is None:
             if not wait:
                 elsewhere.append((number, model, seed))
@@ -113,6 +112,11 @@ def compare(args):
             if args.processes.stopping.wait(5):
                 return
         with lock:
+            if not read(folder / "settings.json") or changed(folder, settings[model.folder]):
+                raise UserError(
+                    f"{folder}: another command gave it other settings; stop one of them, and "
+                    "choose another --out"
+                )
             known = (folder / f"seed{seed}" / "result.json").is_file()
             try:
                 train_and_evaluate(args, model, folder, seed, updates[model.folder], title)
@@ -373,7 +377,8 @@ def finished(args, runs):
             result.pop("recipe", None)
             results.append({**result, **({"recipe": model.variant} if model.variant else {})})
         else:
-            diverged = DIVERGED in read(path.with_name("train.log"))
+            last_attempt = read(path.with_name("train.log")).rpartition("\ntraining on ")[2]
+            diverged = DIVERGED in last_attempt
             missing.append(f"{model.title} seed {seed}{' (diverged)' if diverged else ''}")
     return results, missing
 

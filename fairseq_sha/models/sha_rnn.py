@@ -231,13 +231,6 @@ def check(cfg):
     """Raise a UserError for sizes that make no model."""
     require_at_least(1, cfg, "width", "num_layers", "window", "boom_multiple")
     require_dropouts(cfg, "dropout_embedding", "dropout_input", "dropout_hidden", "dropout_output")
-    if str(cfg.cell) == "sru" and cfg.dropout_embedding > 0:
-        # At a start, a dropped token stays exactly 0 through all layers, and each norm multiplies
-        # its gradient by a million.
-        raise UserError(
-            f"--dropout-embedding {cfg.dropout_embedding}: gives --cell sru infinite gradients; "
-            "leave it out, or use --dropout-input"
-        )
     require_at_least(1, cfg, "ngram_buckets")
     if any(n < 2 for n in cfg.ngram_orders):
         raise UserError(f"--ngram-orders {cfg.ngram_orders}: each must be at least 2")
@@ -345,7 +338,16 @@ class SHARNN(SegmentLanguageModel):
     @classmethod
     def build_model(cls, cfg, task):
         length = getattr(task.cfg, "tokens_per_sample", 0)
-        if cfg.attention_layers and cfg.window < length and getattr(task, "is_training", False):
+        is_training = getattr(task, "is_training", False)
+        # At a start, a dropped token is 0 in all layers as long as biases are, and each norm
+        # multiplies its gradient by a million.
+        has_biases = str(cfg.cell) != "sru" or str(cfg.initialisation) == "torch"
+        if is_training and cfg.dropout_embedding > 0 and not has_biases:
+            raise UserError(
+                f"--dropout-embedding {cfg.dropout_embedding}: --cell sru begins with infinite "
+                "gradients; leave it out, or use --initialisation torch"
+            )
+        if is_training and cfg.attention_layers and cfg.window < length:
             raise UserError(
                 f"--window {cfg.window}: below --tokens-per-sample {length}, and the window holds "
                 "the segment itself; raise it, or shorten segments"

@@ -20,12 +20,13 @@ __all__ = ["PortableModel", "check_temperature", "is_portable_file", "load"]
 
 logger = logging.getLogger(__name__)
 
-#: Temperatures from which logits keep all their bits, and probabilities stay finite.
+#: Temperatures from which the integers of logits keep all their bits. Models in floating point have
+#: the same limits, within which their probabilities are finite.
 TEMPERATURES = (0.01, 100.0)
 
 
 def check_temperature(temperature):
-    """Raise a UserError if no text can be drawn with it."""
+    """Raise a UserError for a temperature out of range."""
     least, most = TEMPERATURES
     if not least <= temperature <= most:
         raise UserError(f"--temperature {temperature}: must be from {least} to {most:g}")

@@ -20,6 +20,7 @@ import torch
 import yaml
 from numpy.random import RandomState
 
+from fairseq_sha.commands import parse
 from fairseq_sha.compare import logs, processes, runner, runs, summary
 from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.compare.processes import Processes, RunFailed
@@ -411,6 +412,21 @@ def test_a_run_that_goes_on_is_not_removed(tmp_path, name):
     assert not log.exists()
 
 
+def test_a_folder_that_another_command_took_is_left_alone(data, configs, tmp_path, monkeypatch):
+    """Until a run begins, nothing tells others that it will."""
+
+    def take(args, budget, cases, **options):
+        for _, folder in cases:
+            (folder / "settings.json").write_text('{"budget": "1 updates"}')
+
+    monkeypatch.setattr(runner, "measure_speeds", take)
+    words = ["compare", "--data", data, "--configs", configs / "good.yaml", "--updates", 4]
+    args = parse([str(word) for word in [*words, "--out", tmp_path / "out"]])
+    with pytest.raises(UserError, match="out/good: another command gave it other settings; stop"):
+        runner.compare(args)
+    assert not (tmp_path / "out" / "good" / "seed1" / "train.log").exists()
+
+
 def test_a_comma_in_a_path_is_no_list_of_values(tmp_path):
     command = recipes.hydra_train(tmp_path, {"common.seed": "1,2", "checkpoint.save_dir": "a,b"})
     assert command[-2:] == ["common.seed=1,2", "checkpoint.save_dir='a,b'"]
@@ -659,12 +675,12 @@ def test_stock_model_and_a_change_of_evaluation_before_there_are_results(
         (
             GOOD,
             ["--updates", 5, "--set", "evaluation.tokens_per_sample=long"],
-            r".*/good.yaml: in evaluation, tokens_per_sample is 'long'; give a whole number",
+            r".*/good.yaml: tokens_per_sample is 'long'; give a whole number",
         ),
         (
             GOOD,
             ["--updates", 5, "--recipe", "/nowhere.yaml"],
-            r"/nowhere.yaml: not a config: .*; correct it",
+            r"/nowhere.yaml: cannot be read \(No such file or directory\); give the path .*",
         ),
         (GOOD, ["--updates", 5, "--trials", 8], r"--trials: belongs to tuning; add --space"),
         (

@@ -135,15 +135,21 @@ def test_report_of_several_lengths_reads_whole_runs(write, tmp_path):
     assert table["a"]["updates"].startswith("686 (2.00 [")
     assert "whole runs of several lengths" in joint
     assert "Cost to reach" not in text.split("## short")[1]  # these curves would mislead
+    other = write(runs_of({"c": 1, "d": 2}), "other", "900 updates")
+    text = report(tmp_path, *folders, other, "--reach", "2", "1.2", "--relative-to", "b")
+    assert list(cells_of(text.split("## other")[1], "Cost to reach 2 bits per byte on valid"))
 
 
 def test_curves_of_models_with_another_evaluation_are_not_read(write, tmp_path):
-    runs = runs_of({"a": 1, "windows": 1})
-    for found in runs[2:]:
+    """They are no reference, even if they are the best."""
+    runs = runs_of({"a": 1, "b": 1.5, "windows": 2})
+    for found in runs[4:]:
         found["valid"]["bits"] -= 0.03
     text = report(tmp_path, write(runs), "--reach", "2")
-    assert list(cells_of(text, "Cost to reach 2 bits per byte on valid")) == ["a"]
-    assert "differs from the evaluation, by more than 0.02 bits: windows." in text
+    table = cells_of(text, "Cost to reach 2 bits per byte on valid")
+    assert list(table) == ["b", "a"] and "(1.50 [" in table["a"]["updates"]
+    assert "In parentheses: the ratio to b," in text
+    assert "differs from the evaluation by more than 0.02 bits: windows." in text
 
 
 def test_budgets_with_different_choices_are_not_lengths_of_one_recipe(write, tmp_path):

@@ -271,7 +271,6 @@ def test_embedding_dropout_drops_whole_rows():
         (dict(dropout_hidden=-0.1), "--dropout-hidden"),
         (dict(dropout_input=1.0), "--dropout-input"),
         (dict(attention_layers=[4]), "--attention-layers"),
-        (dict(cell="sru", dropout_embedding=0.1), "--dropout-embedding 0.1: gives --cell sru"),
     ],
 )
 def test_impossible_sizes_are_named(fields, named):
