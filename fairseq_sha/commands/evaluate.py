@@ -110,11 +110,11 @@ def run(args):
     # What is wrong is found before hours of reading.
     policy_of(trained.task, args)
     trained.task.load_dataset(args.split)
-    mark = dynamic = None
+    answers = dynamic = None
     if args.fit_temperature:
         trained.task.load_dataset(args.fit_temperature)
     if args.answers_after is not None:
-        mark = mark_of(trained, args)
+        answers = find_answers(trained, args)
     if args.dynamic:
         dynamic = dynamic_policy(args, trained, args.context_window, args.batch_size)
     score, costs, sizes, seconds = evaluate_split(trained, args)
@@ -128,7 +128,7 @@ def run(args):
         "by_position": bits_by_position(trained.task, args, costs, sizes)
         if args.by_position
         else None,
-        "answers": None if mark is None else right_answers(trained, args, mark, costs),
+        "answers": answers and right_answers(trained, args, answers, costs),
         "dynamic": dynamic and evaluate_dynamic(trained, args, dynamic),
         "fitted_temperature": args.fit_temperature and evaluate_fitted(trained, args),
         "block_bytes": BLOCK,
@@ -173,23 +173,22 @@ def bits_by_position(task, args, costs, sizes):
     return found
 
 
-def mark_of(trained, args):
-    """The token after which answers begin, in at least one line."""
+def find_answers(trained, args):
+    """The answers of the split, as :func:`fairseq_sha.evaluation.answers.find` gives them."""
     from fairseq_sha.evaluation import answers
 
     codec = trained.task.codec
     mark = answers.mark_of(codec, args.answers_after)
-    answers.find(trained.task.dataset(args.split), args.split, codec, mark)
-    return mark
+    return answers.find(trained.task.dataset(args.split), args.split, codec, mark)
 
 
-def right_answers(trained, args, mark, costs):
+def right_answers(trained, args, found, costs):
     """Print how many answers are right, and return the figures: a dict."""
     from fairseq_sha.evaluation import answers
 
     task, model = trained.task, trained.models[0]
     corpus, policy = task.dataset(args.split), policy_of(task, args)
-    right = answers.count(model, corpus, args.split, task.codec, policy, mark, costs)
+    right = answers.count(model, corpus, args.split, task.codec, policy, found, costs)
     print(f"{args.split}: {right}")
     return right._asdict()
 

@@ -215,9 +215,9 @@ def check_reference(comparisons, model):
 
 def costs_within(rows, reach, reference):
     """Tables of what it costs to reach scores within each run of a comparison, and sentences."""
-    models, other = {}, []
     if not reach:
         return [], []
+    models, other = {}, []
     for row in rows:
         if all(map(cost.is_evaluated_alike, row["runs"])):
             models[row["model"]] = cost.within(row["runs"]), row["runs"]
@@ -262,9 +262,9 @@ def costs_between(comparisons, rows, labels, reach, reference):
 
 def chosen_settings(comparison, row):
     """What tuning chose for a row's model; None if it is not known, or the recipe was given."""
-    model = comparison.get("tuning", {}).get("models", {}).get(row["model"], {})
     if row["recipe"] != "tuned":
         return None
+    model = comparison.get("tuning", {}).get("models", {}).get(row["model"], {})
     return next(
         (t["settings"] for t in model.get("trials", []) if t["trial"] == model.get("chosen")), None
     )

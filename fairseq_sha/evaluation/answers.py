@@ -73,22 +73,19 @@ def find(corpus, split, codec, mark):
     return is_answer, line
 
 
-def count(model, corpus, split, codec, policy, mark, costs):
+def count(model, corpus, split, codec, policy, found, costs):
     """Read a split once more and count which answers are right.
 
     Args:
         model, corpus, split, codec, policy: as for
             :func:`~fairseq_sha.evaluation.evaluate.evaluate`
-        mark (int): the token after which a line's answer begins
+        found (pair of ndarray): the answers, as :func:`find` gives them
         costs (ndarray): of each prediction in nats, ``[len(corpus)]``
 
     Returns:
         :class:`Answers`
-
-    Raises:
-        UserError: the split has no answers
     """
-    is_answer, line = find(corpus, split, codec, mark)
+    is_answer, line = found
     _, wrong = evaluate(model, corpus, split, codec, policy, losses=mistakes)
     lines, of_line = np.unique(line[is_answer], return_inverse=True)
     mistaken = np.bincount(of_line, weights=wrong[is_answer])
