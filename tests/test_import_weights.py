@@ -793,7 +793,7 @@ def test_evaluation_of_imported_words_gives_the_published_score(
     argv = ["evaluate", imported.data, "--path", imported.save, "--cpu", "--json", scores]
     assert commands.main([*map(str, argv), "--tokens-per-sample", length]) == 0
     score = json.loads(scores.read_text())
-    assert score["tokens"] == imported.lengths().sum()
+    assert score["tokens"] == imported.lengths().sum() and score["sha256"] is None
     assert score["nats"] / score["tokens"] == pytest.approx(float(imported.nll()), abs=1e-5)
     options = [imported.data, "--cpu", "--gen-subset", "test", "--tokens-per-sample", length]
     options += ["--path", imported.save, "--codec", "words"]

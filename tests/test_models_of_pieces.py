@@ -1,5 +1,6 @@
 """What users type, with a model of pieces."""
 
+import hashlib
 import json
 import math
 import re
@@ -81,6 +82,8 @@ def test_evaluation_counts_every_token_once_in_any_batches(run, tmp_path, capsys
     assert [f["tokens"] for f in figures] == [tokens] * 2
     assert figures[0]["bytes"] == figures[1]["bytes"]
     assert figures[0]["words"] == figures[1]["words"]
+    test = text(9000)[-1003:]  # whatever the pieces are
+    assert {found["sha256"] for found in figures} == {hashlib.sha256(test).hexdigest()}
     assert "per word" in capsys.readouterr().out
 
 

@@ -27,6 +27,7 @@ from the --dynamic-segment tokens after the context. rms needs statistics of tra
 collected once. fairseq-sha tune-dynamic finds the learning rate and the decay.
 """
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -122,6 +123,7 @@ def run(args):
     content = {
         **score._asdict(),
         "bits_per_byte": score.bits_per_byte,
+        "sha256": sha256(trained.task, args),
         # Windows are independent of each other, however many are read side by side.
         "streams": None if args.context_window else args.batch_size,
         "seconds": round(seconds, 3),
@@ -260,6 +262,17 @@ def policy_of(task, args):
     return task.evaluation_policy(
         args.batch_size, length - args.context_window, args.context_window
     )
+
+
+def sha256(task, args):
+    """The SHA-256 of the split's text, by which scores of the same text are known; None if tokens
+    are words, whose white space is lost."""
+    if not task.codec.lossless:
+        return None
+    digest = hashlib.sha256()
+    for _, tokens in task.dataset(args.split).parts():
+        digest.update(task.codec.decode(tokens))
+    return digest.hexdigest()
 
 
 def bits_of_blocks(costs, sizes):

@@ -101,7 +101,7 @@ def read_evaluation(path):
     """What ``fairseq-sha evaluate --json`` wrote, or None if it is not done.
 
     Returns a dict of ``bits`` per byte, ``nats`` in all, ``tokens``, ``bytes``, ``words``,
-    ``policy``, ``streams``, ``tokens_per_second``, ``block_bytes`` and ``block_bits``.
+    ``sha256``, ``policy``, ``streams``, ``tokens_per_second``, ``block_bytes`` and ``block_bits``.
     """
     if not path.is_file():
         return None

@@ -146,14 +146,13 @@ def read(folder):
 
 
 def check_same_text(rows):
-    """UserError if comparisons were scored on different text, by the bytes of their best models."""
-    sizes = {name: summary.reference_row(found)["test_bytes"] for name, found in rows.items()}
-    (first, size), *others = sizes.items()
+    """UserError if the best models of comparisons were scored on different text."""
+    (first, row), *others = ((name, summary.reference_row(found)) for name, found in rows.items())
     for name, other in others:
-        if not summary.is_same_text(size, other):
+        if not summary.is_same_text(row, other):
             raise UserError(
-                f"{first} and {name} have scored different test data ({size:,} and {other:,} "
-                "bytes); make a report of each"
+                f"{first} and {name} have scored different test data, {summary.scored(row)} and "
+                f"{summary.scored(other)} bytes; make a report of each"
             )
 
 

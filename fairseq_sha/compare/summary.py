@@ -98,6 +98,7 @@ def summarise(runs, reference=None):
             "training_flops": None if None in flops else mean(flops),
             "bytes": mean(run["bytes"] for run in chosen),
             "test_bytes": test_bytes(chosen[0]),
+            "test_sha256": chosen[0]["test"].get("sha256"),
         }
         rows.append(row)
     rows.sort(key=lambda row: by_bits(row["bits"]))
@@ -144,7 +145,7 @@ def compare_rows(rows, reference=None):
     same text as the reference, or as most of them did."""
     same = max(
         (
-            [row for row in rows if is_same_text(row["test_bytes"], of["test_bytes"])]
+            [row for row in rows if is_same_text(row, of)]
             for of in rows
             if reference in (None, of["model"])
         ),
@@ -201,8 +202,17 @@ def reference_row(rows):
 
 
 def is_same_text(first, second):
-    """Whether two models have scored the same text, by its bytes."""
-    return abs(first - second) <= SAME_TEXT * max(first, second)
+    """Whether the models of two rows have scored the same text: by how many bytes they have
+    scored, and by its hash if both are known."""
+    sizes = first["test_bytes"], second["test_bytes"]
+    hashes = {first["test_sha256"], second["test_sha256"]} - {None}
+    return abs(sizes[0] - sizes[1]) <= SAME_TEXT * max(sizes) and len(hashes) < 2
+
+
+def scored(row):
+    """How many bytes of test a model has scored, and of which text if that is known."""
+    sha256 = row["test_sha256"]
+    return f"{row['test_bytes']:,}" + (f" (SHA-256 of test: {sha256[:12]}…)" if sha256 else "")
 
 
 def report(everything, reference=None):
@@ -438,7 +448,7 @@ def about_bits(rows, rivals):
 
 
 def about_evaluation(rows):
-    counts = grouped((f"{row['test_bytes']:,}", row["model"]) for row in rows)
+    counts = grouped((scored(row), row["model"]) for row in rows)
     policies = grouped((row["runs"][0]["test"].get("policy"), row["model"]) for row in rows)
     return [
         *([f"Bytes of test that were scored: {with_models(counts)}."] if rows else []),

@@ -56,7 +56,7 @@ class Corpus(FairseqDataset):
         Args:
             condition (callable): from an array of token ids to an array of bool
         """
-        for start, tokens in self._parts():
+        for start, tokens in self.parts():
             found = condition(tokens)
             if found.any():
                 return start + int(found.argmax())
@@ -65,14 +65,14 @@ class Corpus(FairseqDataset):
     def counts(self, size):
         """How often each token occurs: ``[size]``, or more if there are larger token ids."""
         counts = np.zeros(size, np.int64)
-        for _, tokens in self._parts():
+        for _, tokens in self.parts():
             found = np.bincount(tokens, minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
         return counts
 
-    def _parts(self):
-        """All tokens in parts of at most ``TOKENS_AT_ONCE``, each with its offset."""
+    def parts(self):
+        """All tokens in parts of at most ``TOKENS_AT_ONCE``: pairs of an offset and an array."""
         for start in range(0, self.total_tokens, TOKENS_AT_ONCE):
             # A new map each time: pages that were read count as memory of this process.
             tokens = np.memmap(

@@ -45,6 +45,13 @@ def run(model, seed, bits, random, seconds=720, machine=FAST, with_blocks=True, 
     }
 
 
+def with_text(found, sha256):
+    """Results whose models have scored a text with this hash."""
+    for run in found["runs"]:
+        run["test"]["sha256"] = sha256
+    return found
+
+
 def trials(bits, random, count):
     """Trials of a model: trial 0 is the paper's recipe, and one of them fails."""
     made = []

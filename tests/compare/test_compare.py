@@ -4,6 +4,7 @@ Nothing here runs in the clone: configs name the plug-in, and its folder is foun
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -27,8 +28,8 @@ from fairseq_sha.compare.processes import Processes, RunFailed
 from fairseq_sha.data.segments import segment_lengths
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import try_lock
+from tests import tiny_corpus
 from tests.commands import command
-from tests.tiny_corpus import write_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLUGIN = REPOSITORY / "fairseq_sha"
@@ -84,7 +85,7 @@ EVALUATION = {
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("data"), test=833)
+    return tiny_corpus.write_folder(tmp_path_factory.mktemp("data"), test=833)
 
 
 @pytest.fixture(scope="session")
@@ -259,6 +260,7 @@ def test_evaluation_says_how_it_was_made_and_agrees_with_fairseq(data, finished)
     assert found["bytes"] == found["tokens"] == expected["tokens"] == 832
     assert found["policy"] == "state carried, 8 streams, segments of 50" and found["streams"] == 8
     assert found["tokens_per_second"] > 0
+    assert found["sha256"] == hashlib.sha256(tiny_corpus.text(833, 3)).hexdigest()
     assert found["block_bytes"] == 10_000 and len(found["block_bits"]) == 1
     assert sum(found["block_bits"]) == pytest.approx(found["bits"] * 832, rel=1e-5)
 

@@ -10,7 +10,7 @@ import pytest
 
 from fairseq_sha.commands import main
 from fairseq_sha.compare import intervals, summary
-from tests.compare.results import BLOCK, FAST, MODELS, SIZE, SLOW, cells_of, comparison
+from tests.compare.results import BLOCK, FAST, MODELS, SIZE, SLOW, cells_of, comparison, with_text
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,11 @@ def test_refusals(folders, tmp_path, capsys):
         run["test"]["bytes"] -= 5000
     summary.write_results(tmp_path / "results.json", other)
     error = refused(capsys, folders[0], tmp_path, *to)
-    assert "different test data (300,000 and 295,000 bytes)" in error
+    assert "different test data, 300,000 and 295,000 bytes" in error
+    for folder, sha256 in (folders[0], "ab" * 32), (tmp_path, "cd" * 32):
+        summary.write_results(folder / "results.json", with_text(comparison(tuned=False), sha256))
+    error = refused(capsys, folders[0], tmp_path, *to)
+    assert "300,000 (SHA-256 of test: abababababab…) and 300,000 (SHA-256 of test: cd" in error
     assert not (tmp_path / "page").exists()
     (tmp_path / "file").touch()
     assert "is a file" in refused(capsys, folders[0], "--to", tmp_path / "file")
