@@ -87,7 +87,7 @@ class TrainedModel(GeneratorHubInterface):
         try:
             if saved.get("symbols") and data is None:
                 codec = codec_from_state(saved)
-                task = tasks.get_task(cfg.task._name)(cfg.task, codec, from_checkpoint=True)
+                task = tasks.setup_task(cfg.task, codec=codec, from_checkpoint=True)
             else:
                 task = tasks.setup_task(cfg.task)
                 task.load_state_dict(saved)

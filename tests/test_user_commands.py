@@ -258,11 +258,13 @@ def test_overrides_reach_the_task(data, path, capsys):
         ("{'window': 'many'}", "--model-overrides {'window': 'many'}: "),
         ("{'_name': 'min_rnn'}", "--model-overrides _name: the model has no such setting"),
         ("{'model': {'window': 5}}", "--model-overrides model: the model has no such setting"),
+        ("{'tokens_per_sample': 'many'}", "--model-overrides {'tokens_per_sample': 'many'}: "),
+        ("{'tokens_per_sample': 0}", "--tokens-per-sample 0: must be at least 1"),
         ("{'width': 8}", "the checkpoint is of another model or other sizes"),
     ],
 )
-def test_overrides_that_do_not_fit(data, path, capsys, overrides, message):
-    words = ["evaluate", data, "--path", path, "--cpu", "--model-overrides", overrides]
+def test_overrides_that_do_not_fit(path, capsys, overrides, message):
+    words = ["generate", "--path", path, "--cpu", "--model-overrides", overrides]
     assert main(words) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
 

@@ -222,15 +222,10 @@ class SegmentLanguageModelingTask(FairseqTask):
         super().add_args(parser)
 
     @classmethod
-    def setup_task(cls, cfg, **kwargs):
+    def setup_task(cls, cfg, codec=None, **kwargs):
+        """fairseq's hook. A codec is given where a checkpoint holds it; otherwise it is that of the
+        data folder."""
         compatibility.apply()
-        if not cfg.data:
-            raise UserError(
-                "no data folder given; make one with a script in preprocess/, or for words with "
-                "fairseq-preprocess"
-            )
-        if os.pathsep in cfg.data and not os.path.isdir(cfg.data):
-            raise UserError(f"{cfg.data}: a list of folders; name one, with the whole corpus in it")
         if cfg.tokens_per_sample < 1:
             raise UserError(f"--tokens-per-sample {cfg.tokens_per_sample}: must be at least 1")
         if not 0 <= cfg.drop_state_probability <= 1:
@@ -239,7 +234,18 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         if cfg.add_bos_token:
             raise UserError("--add-bos-token: not supported; leave it out")
-        return cls(cfg, CODECS[str(cfg.codec)].load(cfg.data), **kwargs)
+        return cls(cfg, codec or cls._codec_of_data(cfg), **kwargs)
+
+    @staticmethod
+    def _codec_of_data(cfg):
+        if not cfg.data:
+            raise UserError(
+                "no data folder given; make one with a script in preprocess/, or for words with "
+                "fairseq-preprocess"
+            )
+        if os.pathsep in cfg.data and not os.path.isdir(cfg.data):
+            raise UserError(f"{cfg.data}: a list of folders; name one, with the whole corpus in it")
+        return CODECS[str(cfg.codec)].load(cfg.data)
 
     @property
     def source_dictionary(self):
