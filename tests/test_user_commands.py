@@ -1,12 +1,14 @@
 """``fairseq-sha``: what a terminal, a pipe and a mistake do to it."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fairseq_sha import UserError
 from fairseq_sha.commands import COMMANDS, main
@@ -212,7 +214,6 @@ class Own(SHARNN):
 
 
 def test_user_dir_makes_a_model_of_ones_own_known(data, path, tmp_path):
-    torch = pytest.importorskip("torch")
     (tmp_path / "own_plugin").mkdir()
     (tmp_path / "own_plugin" / "__init__.py").write_text(PLUGIN)
     state = torch.load(path, weights_only=True)
@@ -284,10 +285,52 @@ def test_plug_in_whose_name_is_taken(data, path, tmp_path, capsys):
     ],
 )
 def test_checkpoint_whose_symbols_mean_nothing(path, tmp_path, capsys, change, message):
-    torch = pytest.importorskip("torch")
     state = torch.load(path, weights_only=True)
     state["task_state"].update(change)
     torch.save(state, tmp_path / "other.pt")
     words = ["score", "--path", str(tmp_path / "other.pt"), "--cpu", path]
     assert main(words) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def diverged(path, tmp_path):
+    """A checkpoint of a model one of whose weights is not finite."""
+    state = torch.load(path, weights_only=True)
+    state["model"]["decoder.embedding.weight"][-1, 0] = math.inf
+    torch.save(state, tmp_path / "diverged.pt")
+    return str(tmp_path / "diverged.pt")
+
+
+@pytest.mark.parametrize(
+    "words, package",
+    [
+        ("generate --path {}", "torch"),
+        ("compress --path {} text", "constriction"),
+        ("export --path {} --save model.onnx", "onnxruntime"),
+        ("quantize --path {} --data {data}", "torch"),
+        ("tune-dynamic {data} --path {} --dynamic sgd", "torch"),
+    ],
+)
+def test_diverged_models_are_for_scores_only(
+    diverged, data, tmp_path, monkeypatch, capsys, words, package
+):
+    pytest.importorskip(package)
+    (tmp_path / "text").write_bytes(text(100))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
+    assert main([*words.format(diverged, data=data).split(), "--cpu"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(
+        "decoder.embedding.weight is not finite, so training has diverged; "
+        "name an earlier checkpoint"
+    )
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("words", ["evaluate {data} --path {}", "score --path {} text"])
+def test_score_of_a_diverged_model_is_nan(diverged, data, tmp_path, monkeypatch, capsys, words):
+    (tmp_path / "text").write_bytes(text(100))
+    monkeypatch.chdir(tmp_path)
+    assert main([*words.format(diverged, data=data).split(), "--cpu"]) == 0
+    assert "nan bits per byte" in capsys.readouterr().out

@@ -29,12 +29,13 @@ def add_model_arguments(parser, required=True, what="CHECKPOINT"):
     )
 
 
-def load_model(args, allow_stock=False):
+def load_model(args, allow_stock=False, allow_diverged=False):
     """The :class:`~fairseq_sha.trained_model.TrainedModel` that :func:`add_model_arguments` names.
 
     Args:
         args: the command's options
         allow_stock (bool): accept fairseq's own models too
+        allow_diverged (bool): accept weights that are not finite, whose score is nan
 
     Raises:
         UserError: there is no such model, or an option is wrong
@@ -45,7 +46,16 @@ def load_model(args, allow_stock=False):
     import_plugin(args)
     overrides = model_overrides(args.model_overrides)
     collapse = not getattr(args, "dynamic", None)
-    return TrainedModel.load(args.path, args.data_bin, args.cpu, overrides, allow_stock, collapse)
+    trained = TrainedModel.load(
+        args.path, args.data_bin, args.cpu, overrides, allow_stock, collapse
+    )
+    for name, weight in trained.models[0].named_parameters():
+        if not (allow_diverged or weight.isfinite().all()):
+            raise UserError(
+                f"{args.path}: {name} is not finite, so training has diverged; name an earlier "
+                "checkpoint"
+            )
+    return trained
 
 
 def use_symbols_of_data(args):

@@ -107,7 +107,7 @@ def run(args):
             "out"
         )
     use_symbols_of_data(args)
-    trained = load_model(args, allow_stock=True)
+    trained = load_model(args, allow_stock=True, allow_diverged=True)
     # What is wrong is found before hours of reading.
     policy_of(trained.task, args)
     trained.task.load_dataset(args.split)

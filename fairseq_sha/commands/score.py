@@ -69,13 +69,13 @@ def run(args):
     with texts.opened(args.file) as text:
         if args.html:
             check_new([picture.place_of(args.html, text.size)])
-        model = load_model(args)
+        model = load_model(args, allow_diverged=True)
         policy = dynamic_policy(args, model) if args.dynamic else None
         readers = [scoring.Reader(model, args.path, policy=policy)]
         if args.against:
             args.path, args.data_bin = args.against, None
             args.model_overrides = args.against_overrides
-            readers.append(scoring.Reader(load_model(args), args.path))
+            readers.append(scoring.Reader(load_model(args, allow_diverged=True), args.path))
         for reader in readers:
             reader.codec.check(text.chunks())  # before hours of reading
         wanted = scoring.Wanted(args.per_line, args.per_token, args.html, args.json)
