@@ -128,7 +128,7 @@ def test_limits_of_training_do_not_hold_for_prompts(path, tmp_path):
     "options, message",
     [
         (["--length", "0"], "--length 0: must be positive"),
-        (["--temperature", "-1"], "--temperature -1.0: must be positive"),
+        (["--temperature", "-1"], "--temperature -1.0: must be from 0.01 to 100"),
         (["--temperature", "1e-40"], "--temperature 1e-40: must be from 0.01 to 100"),
         (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
         (["--top-k", "-2"], "--top-k -2: must be positive"),

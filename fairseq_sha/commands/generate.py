@@ -102,7 +102,7 @@ def generation_options(args):
     """
     from fairseq_sha.portable import check_temperature
 
-    for name in ("length", "samples", "temperature", "top_k", "top_p", "beam"):
+    for name in ("length", "samples", "top_k", "top_p", "beam"):
         value = getattr(args, name)
         if value is not None and not (0 < value <= 1 if name == "top_p" else value > 0):
             limits = "above 0 and at most 1" if name == "top_p" else "positive"
