@@ -123,7 +123,7 @@ def run(args):
     content = {
         **score._asdict(),
         "bits_per_byte": score.bits_per_byte,
-        "sha256": sha256(trained.task, args),
+        "sha256": args.json and sha256(trained.task, args),
         # Windows are independent of each other, however many are read side by side.
         "streams": None if args.context_window else args.batch_size,
         "seconds": round(seconds, 3),

@@ -147,13 +147,17 @@ def read(folder):
 
 def check_same_text(rows):
     """UserError if the best models of comparisons were scored on different text."""
-    (first, row), *others = ((name, summary.reference_row(found)) for name, found in rows.items())
-    for name, other in others:
-        if not summary.is_same_text(row, other):
-            raise UserError(
-                f"{first} and {name} have scored different test data, {summary.scored(row)} and "
-                f"{summary.scored(other)} bytes; make a report of each"
-            )
+    best = {name: summary.reference_row(found) for name, found in rows.items()}
+    groups = summary.by_text(best.values())
+    if len(groups) > 1:
+        (first, row), (second, other) = (
+            next((name, row) for name, row in best.items() if row is group[0])
+            for group in groups[:2]
+        )
+        raise UserError(
+            f"{first} and {second} have scored different test data, {summary.scored(row)} and "
+            f"{summary.scored(other)} bytes; make a report of each"
+        )
 
 
 def joint_table(comparisons, rows, labels):

@@ -144,11 +144,7 @@ def compare_rows(rows, reference=None):
     """Add ``reference``, ``difference`` and ``rank`` to sorted rows: among those that scored the
     same text as the reference, or as most of them did."""
     same = max(
-        (
-            [row for row in rows if is_same_text(row, of)]
-            for of in rows
-            if reference in (None, of["model"])
-        ),
+        (group for group in by_text(rows) if reference in [None, *(row["model"] for row in group)]),
         key=len,
         default=[],
     )
@@ -201,12 +197,22 @@ def reference_row(rows):
     return next(row for row in rows if row["reference"])
 
 
-def is_same_text(first, second):
-    """Whether the models of two rows have scored the same text: by how many bytes they have
-    scored, and by its hash if both are known."""
-    sizes = first["test_bytes"], second["test_bytes"]
-    hashes = {first["test_sha256"], second["test_sha256"]} - {None}
-    return abs(sizes[0] - sizes[1]) <= SAME_TEXT * max(sizes) and len(hashes) < 2
+def by_text(rows):
+    """Lists of rows whose models have scored the same text: by how many bytes they have scored, and
+    by its hash. What has no hash may have scored any of the texts, and is only taken for the same
+    as others that have one if all of these have scored one text."""
+    hashes = {row["test_sha256"] for row in rows} - {None}
+    groups = []
+    for row in rows:
+        for group in groups:
+            sizes = group[0]["test_bytes"], row["test_bytes"]
+            same_hash = len(hashes) < 2 or group[0]["test_sha256"] == row["test_sha256"]
+            if same_hash and abs(sizes[0] - sizes[1]) <= SAME_TEXT * max(sizes):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
 
 
 def scored(row):

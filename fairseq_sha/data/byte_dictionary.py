@@ -69,8 +69,9 @@ class ByteDictionary(Dictionary):
     def decode(self, tokens):
         """Bytes of a sequence of token ids. Ids that stand for no byte are left out."""
         values = np.array([-1 if value is None else value for value in self.bytes_by_id()])
-        # Through torch, since generation on a GPU leaves them there.
-        decoded = values[torch.as_tensor(tokens, dtype=torch.long).cpu().numpy()]
+        if isinstance(tokens, torch.Tensor):  # generation leaves them on its device
+            tokens = tokens.cpu().numpy()
+        decoded = values[np.asarray(tokens, np.int64)]
         return decoded[decoded >= 0].astype(np.uint8).tobytes()
 
     def encode_line(self, line, *_, **__):

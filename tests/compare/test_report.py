@@ -205,6 +205,12 @@ def test_refusals(folders, tmp_path, capsys):
         summary.write_results(folder / "results.json", with_text(comparison(tuned=False), sha256))
     error = refused(capsys, folders[0], tmp_path, *to)
     assert "300,000 (SHA-256 of test: abababababab…) and 300,000 (SHA-256 of test: cd" in error
+    old = tmp_path / "old"
+    old.mkdir()
+    summary.write_results(old / "results.json", comparison(tuned=False))
+    assert "different test data, 300,000 and 300,000" in refused(
+        capsys, old, folders[0], tmp_path, *to
+    )
     assert not (tmp_path / "page").exists()
     (tmp_path / "file").touch()
     assert "is a file" in refused(capsys, folders[0], "--to", tmp_path / "file")

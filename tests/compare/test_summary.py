@@ -209,6 +209,16 @@ def test_models_of_another_text_are_not_compared(text, same):
     assert rows["sha_sru"]["rank"] == "1"
 
 
+def test_what_has_no_hash_is_of_none_of_several_texts():
+    found = with_text(without_diverged(comparison(tuned=False)), "cd" * 32)
+    for made in found["runs"]:
+        if made["model"] in ("sha_lstm", "adaptive_span"):
+            made["test"]["sha256"] = {"sha_lstm": "ab" * 32}.get(made["model"])
+    rows, _, _ = report(found["runs"])
+    other = [name for name, row in rows.items() if row["rank"] == "–"]
+    assert sorted(other) == ["adaptive_span", "sha_lstm"]
+
+
 def test_written_files(tmp_path):
     pytest.importorskip("matplotlib")
     found = comparison()
