@@ -64,6 +64,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.letters > args.length:
         parser.error(f"--letters {args.letters}: a line has {args.length} places; use less")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: must be less than 2^32")
     if args.alphabet > len(string.ascii_lowercase):
         parser.error(f"--alphabet {args.alphabet}: there are 26 letters; use less")
     return args

@@ -32,8 +32,11 @@ ZIP_MAGIC = b"PK\x03\x04"
 
 def main(argv=None, known=ENWIK8):
     parser = data_bin.argument_parser(__doc__)
-    parser.add_argument("--input", help="enwik8 or enwik8.zip (default: download it)")
-    parser.add_argument("--url", default=URL, help="where to download from (default: %(default)s)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--input", type=data_bin.file_name, help="enwik8 or enwik8.zip (default: download it)"
+    )
+    source.add_argument("--url", default=URL, help="where to download from (default: %(default)s)")
     args = parser.parse_args(argv)
     dest = data_bin.checked_dest(args.dest)
     path = args.input or downloads.download(args.url, dest.with_name("enwik8.zip"))

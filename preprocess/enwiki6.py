@@ -31,7 +31,11 @@ REINSTALL = "run 'pip install --no-deps --force-reinstall gensim==4.4.0' and run
 
 def main(argv=None, known=ENWIKI6):
     parser = data_bin.argument_parser(__doc__)
-    parser.add_argument("--input", help=f"{FILE} (default: the one in the installed gensim)")
+    parser.add_argument(
+        "--input",
+        type=data_bin.file_name,
+        help=f"{FILE} (default: the one in the installed gensim)",
+    )
     args = parser.parse_args(argv)
     dest = data_bin.checked_dest(args.dest)
     path = args.input or find()

@@ -25,7 +25,8 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 
 import enwiki6
-from pieces import add_vocabulary
+import words
+from pieces import VOCABULARY, add_vocabulary
 
 from fairseq_sha.data import data_bin, known_corpora, piece_data_bin, pieces
 from fairseq_sha.errors import UserError
@@ -45,13 +46,19 @@ def main(argv=None, known=enwiki6.ENWIKI6, size=SIZE, sha1=SHA1):
     parser = data_bin.argument_parser(__doc__, all_bytes=False)
     parser.add_argument("--as", dest="kind", choices=WRITERS, required=True, help="what to make")
     parser.add_argument(
-        "--input", help=f"{enwiki6.FILE} (default: the one in the installed gensim)"
+        "--input",
+        type=data_bin.file_name,
+        help=f"{enwiki6.FILE} (default: the one in the installed gensim)",
     )
     add_vocabulary(parser)
     args = parser.parse_args(argv)
+    if args.vocabulary is not None and args.kind != "pieces":
+        parser.error("--vocabulary is for --as pieces")
     mwparserfromhell()
     if args.kind == "pieces":
         pieces.check_package()
+    if args.kind == "words":
+        words.sacremoses("en")
     dest = data_bin.checked_dest(args.dest)
     path = args.input or enwiki6.find()
     remedy = "give another --input" if args.input else enwiki6.REINSTALL
@@ -130,13 +137,11 @@ def write_bytes(text, name, dest, valid, test, args):
 
 def write_pieces(text, name, dest, valid, test, args):
     """Write the data-bin folder of pieces."""
-    piece_data_bin.convert(io.BytesIO(text), name, dest, valid, test, args.vocabulary)
+    piece_data_bin.convert(io.BytesIO(text), name, dest, valid, test, args.vocabulary or VOCABULARY)
 
 
 def write_words(text, name, dest, valid, test, args):
     """Write the data-bin folder of words, with the defaults of words.py."""
-    import words
-
     with tempfile.NamedTemporaryFile(suffix=".txt") as file:
         file.write(text)
         file.flush()

@@ -72,8 +72,11 @@ def main(argv=None, shards=SHARDS):
 
 def parse(argv):
     parser = data_bin.argument_parser(__doc__, all_bytes=False)
-    parser.add_argument("--input", help="tar.gz or unpacked folder (default: download it)")
-    parser.add_argument("--url", default=URL, help="where to download from (default: %(default)s)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--input", type=data_bin.file_name, help="tar.gz or unpacked folder (default: download it)"
+    )
+    source.add_argument("--url", default=URL, help="where to download from (default: %(default)s)")
     parser.add_argument("--vocabulary", metavar="FILE", help="words, the first field of each line")
     parser.add_argument(
         "--min-count",

@@ -19,6 +19,8 @@ from bytes import add_sizes, check_sizes, held_out
 
 from fairseq_sha.data import data_bin, piece_data_bin, pieces
 
+VOCABULARY = 8000  # number of pieces
+
 
 def main(argv=None):
     parser = data_bin.argument_parser(__doc__, all_bytes=False)
@@ -31,7 +33,7 @@ def main(argv=None):
     dest = data_bin.checked_dest(args.dest)
     with data_bin.open_input(args.input) as stream:
         valid, test = held_out(args, stream.seek(0, 2))
-        piece_data_bin.convert(stream, args.input, dest, valid, test, args.vocabulary)
+        piece_data_bin.convert(stream, args.input, dest, valid, test, args.vocabulary or VOCABULARY)
 
 
 def add_vocabulary(parser):
@@ -39,9 +41,8 @@ def add_vocabulary(parser):
     parser.add_argument(
         "--vocabulary",
         type=vocabulary,
-        default=8000,
         metavar="N",
-        help="number of pieces, the 256 bytes included (default: %(default)s)",
+        help=f"number of pieces, the 256 bytes included (default: {VOCABULARY})",
     )
 
 

@@ -72,12 +72,19 @@ def parse(argv):
     parser = data_bin.argument_parser(__doc__)
     parser.add_argument("--corpus", choices=sorted(CORPORA), required=True)
     parser.add_argument("--variant", choices=VARIANTS, default="tokens", help="default: tokens")
-    parser.add_argument("--input", help="zip or unpacked folder (default: download the zip)")
-    parser.add_argument("--url", help=f"where to download from (default: {URL.format('...')})")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--input",
+        type=data_bin.file_name,
+        help="zip or unpacked folder (default: download the zip)",
+    )
+    source.add_argument("--url", help=f"where to download from (default: {URL.format('...')})")
     word_data_bin.add_order(parser)
     args = parser.parse_args(argv)
     if args.variant == "tokens" and args.all_bytes:
         parser.error("--all-bytes is for --variant raw")
+    if args.variant == "raw" and args.order != "reference":
+        parser.error("--order is for --variant tokens")
     return args
 
 

@@ -99,10 +99,10 @@ def parse(argv):
     )
     args = parser.parse_args(argv)
     check_sizes(parser, args)
-    if args.input is not None and args.dest is None:
-        parser.error("--input needs --dest")
-    if args.detokenize is not None and args.output is None:
-        parser.error("--detokenize needs --output")
+    if (args.input is None) != (args.dest is None):
+        parser.error("--input and --dest belong together")
+    if (args.detokenize is None) != (args.output is None):
+        parser.error("--detokenize and --output belong together")
     return args
 
 

@@ -13,6 +13,7 @@ fairseq's.
 
 import argparse
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -110,6 +111,14 @@ def positive(text):
     return int(text)
 
 
+def file_name(text):
+    """The name of a file or folder, as a type of argparse's options. It is empty where a variable
+    of the shell is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file")
+    return text
+
+
 def checked_dest(dest):
     """``dest`` as an absolute path.
 
@@ -128,6 +137,8 @@ def checked_dest(dest):
             raise UserError(
                 f"cannot write {dest}: {existing} is not writable; choose another --dest"
             )
+        for path in existing.glob(f".{glob.escape(dest.name)}.*{UNFINISHED}"):
+            print(f"{path}: left by a command that was killed, unless one is running; remove it")
     return dest
 
 

@@ -126,7 +126,7 @@ def convert(
         allowed = unknown == "always" or (unknown == "learned" and splits["train"].unknown > 0)
         remedy = "use the train split that belongs to it"
         if unknown == "learned":
-            remedy += f", or have rare words become {UNK_WORD} with a minimum count of 2 or more"
+            remedy = f"have rare words become {UNK_WORD} with a minimum count of 2 or more"
         index[EOS_WORD] = EOS
         for name, source in sources.items():
             if name != "train":

@@ -121,6 +121,16 @@ def test_existing_folder_is_filled_and_not_replaced(runner):
     assert sorted(os.listdir(str(runner.folder / "out"))) == sorted(names)
 
 
+@pytest.mark.parametrize("place", [".", "o[u]t"])
+def test_what_a_killed_run_has_left_is_named(tmp_path, capsys, place):
+    left = tmp_path / place / ".o[u]t.0123.partial"
+    left.mkdir(parents=True)
+    (left.parent / ".other.0123.partial").mkdir()
+    data_bin.checked_dest(tmp_path / "o[u]t")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{left}: left by a command that was killed") and out.count("\n") == 1
+
+
 def test_existing_folder_is_left_empty_by_a_failure(runner):
     (runner.folder / "out").mkdir()
     data = b"ab" * 50 + b"abab" + b"abZb"

@@ -45,6 +45,7 @@ def test_seed_decides(runner):
     [
         (["--length", 4], "a line has 4 places"),
         (["--alphabet", 27], "there are 26 letters"),
+        (["--seed", 2**32], "must be less than 2^32"),
         (["--train", 0], "not a positive whole number"),
     ],
 )

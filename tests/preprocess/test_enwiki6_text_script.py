@@ -95,14 +95,22 @@ def test_text_of_another_release_is_refused(make):
         make("text", size=7)
 
 
-def test_without_the_packages(runner):
-    for package in ("mwparserfromhell", "tokenizers"):
-        code = (
-            f"import sys; sys.modules[{package!r}] = None\nfrom fairseq_sha.data import data_bin\n"
-        )
-        code += "import enwiki6_text; data_bin.run(enwiki6_text.main)"
-        done = runner.code(code, "--as", "pieces", "--dest", "out")
-        runner.check_error(done, f"{package} is missing", "pip install", files=())
+def test_vocabulary_is_for_pieces(make, capsys):
+    with pytest.raises(SystemExit):
+        make("text", "--vocabulary", "270")
+    assert "--vocabulary is for --as pieces" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "package, kind",
+    [("mwparserfromhell", "text"), ("tokenizers", "pieces"), ("sacremoses", "words")],
+)
+def test_without_the_packages(runner, package, kind):
+    """Found before the work of a minute."""
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom fairseq_sha.data import data_bin\n"
+    code += "import enwiki6_text; data_bin.run(enwiki6_text.main)"
+    done = runner.code(code, "--as", kind, "--dest", "out", "--input", "nowhere")
+    runner.check_error(done, f"{package} is missing", "pip install", files=())
 
 
 @pytest.mark.long

@@ -143,10 +143,19 @@ def test_neither_file_nor_folder(runner):
     runner.check_error(done, "cannot read nowhere", files=[])
 
 
-def test_bytes_only_where_bytes_are(runner, capsys):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--all-bytes"], "--all-bytes is for --variant raw"),
+        (["--variant", "raw", "--order", "fairseq"], "--order is for --variant tokens"),
+        (["--input", "x", "--url", "http://x"], "--url: not allowed with argument --input"),
+        (["--input", ""], "--input: is empty; name a file"),
+    ],
+)
+def test_wrong_options(runner, capsys, options, message):
     with pytest.raises(SystemExit):
-        main("--all-bytes")
-    assert "--all-bytes is for --variant raw" in capsys.readouterr().err
+        main(*options)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

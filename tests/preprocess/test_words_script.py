@@ -159,8 +159,10 @@ def test_missing_sacremoses(runner):
     "options, message",
     [
         ((), "one of the arguments --input --detokenize"),
-        (("--input", "x"), "--input needs --dest"),
-        (("--detokenize", "x"), "--detokenize needs --output"),
+        (("--input", "x"), "--input and --dest belong together"),
+        (("--detokenize", "x"), "--detokenize and --output belong together"),
+        (("--input", "x", "--dest", "y", "--output", "z"), "--detokenize and --output belong"),
+        (("--detokenize", "x", "--output", "y", "--dest", "z"), "--input and --dest belong"),
         (("--input", "x", "--dest", "y", "--min-count", "0"), "not a positive whole number"),
         (("--input", "x", "--dest", "y", "--valid-bytes", "9"), "need each other"),
     ],
