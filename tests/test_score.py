@@ -579,7 +579,14 @@ def test_blue_is_for_a_and_red_for_b_and_black_text_is_legible():
     assert "hsl(215" in styles[: styles.index(".c8")] and "hsl(10" in styles
 
 
-def test_tokens_of_two_models_are_not_compared(paths, tmp_path, capsys):
-    words = ["score", "--path", paths[0], "--against", paths[1], "--per-token"]
-    assert main([*words, str(tmp_path)]) == 1
-    assert "use --per-line" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--against", "x.pt", "--per-token"], "use --per-line"),
+        (["--against-overrides", "{'window': 5}"], "name it with --against"),
+        (["--html", "page", "--json", "./page"], "--html page: is also --json; name two files"),
+    ],
+)
+def test_options_that_do_not_fit_together(paths, tmp_path, capsys, options, message):
+    assert main(["score", "--path", paths[0], *options, str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err

@@ -93,15 +93,17 @@ def check_dynamic(args):
         for value in (args.dynamic, args.dynamic_lr, args.dynamic_decay)
     )
     for option, needs in (
-        ("lr", ("sgd", "rms")),
-        ("decay", ("sgd", "rms")),
-        ("segment", ("sgd", "rms")),
-        ("epsilon", ("rms",)),
-        ("statistics", ("rms",)),
+        ("dynamic-lr", ("sgd", "rms")),
+        ("dynamic-decay", ("sgd", "rms")),
+        ("dynamic-segment", ("sgd", "rms")),
+        ("dynamic-epsilon", ("rms",)),
+        ("dynamic-statistics", ("rms",)),
+        ("statistics-segments", ("rms",)),
+        ("statistics-streams", ("rms",)),
     ):
-        value = getattr(args, f"dynamic_{option}")
+        value = getattr(args, option.replace("-", "_"), None)
         if value is not None and not set(needs) & set(rules or ()):
-            raise UserError(f"--dynamic-{option}: needs --dynamic {' or '.join(needs)}; add it")
+            raise UserError(f"--{option}: needs --dynamic {' or '.join(needs)}; add it")
     for option, values in (("lr", rates), ("decay", decays), ("epsilon", [args.dynamic_epsilon])):
         for value in values or ():
             if value is not None and not (0 <= value < math.inf):

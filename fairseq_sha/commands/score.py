@@ -62,6 +62,10 @@ def run(args):
         raise UserError("--per-token: --against compares bytes, not tokens; use --per-line")
     if args.against and args.dynamic:
         raise UserError("--dynamic: --against compares static scores; leave one out")
+    if args.against_overrides != "{}" and not args.against:
+        raise UserError("--against-overrides: is for the second model; name it with --against")
+    if args.html and args.json and args.html.resolve() == args.json.resolve():
+        raise UserError(f"--html {args.html}: is also --json; name two files")
     check_dynamic(args)
     check_new(path for path in (args.html, args.json) if path)
     from fairseq_sha.reading import picture, scoring, texts
@@ -69,7 +73,7 @@ def run(args):
     with texts.opened(args.file) as text:
         if args.html:
             check_new([picture.place_of(args.html, text.size)])
-        model = load_model(args, allow_diverged=True)
+        model = load_model(args, allow_diverged=not args.dynamic)
         policy = dynamic_policy(args, model) if args.dynamic else None
         readers = [scoring.Reader(model, args.path, policy=policy)]
         if args.against:

@@ -37,7 +37,7 @@ from fairseq_sha.errors import UserError
 from fairseq_sha.files import write_atomically
 
 # Around what was best for small models of enwiki6 (sgd), and published for enwik8 (rms, 1.2e-5).
-RATES = {"sgd": [0.0, 0.01, 0.02, 0.05, 0.1], "rms": [0.0, 1e-6, 3e-6, 1e-5, 3e-5]}
+RATES = {"sgd": [0.01, 0.02, 0.05, 0.1], "rms": [1e-6, 3e-6, 1e-5, 3e-5]}
 DECAYS = [0.0, 0.001, 0.01]
 TITLES = {"sgd": "SGD", "rms": "RMS"}
 
@@ -127,6 +127,8 @@ def check(args):
         raise UserError(f"--score {args.score}: is what the rates are tuned on; name another split")
     if args.out and not args.score:
         raise UserError("--out: is for figures of a split; name it with --score")
+    if args.name and not args.out:
+        raise UserError("--name: is for the table in --out; add it")
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: must be at least 1")
     if args.context_window < 0:
@@ -195,10 +197,11 @@ def tune_and_score(trained, args):
 
 
 def grid(rates, decays):
-    """Points ``(learning rate, decay)``; one only where the learning rate is 0."""
+    """Points ``(learning rate, decay)``. The first has a learning rate of 0, so that no choice is
+    worse than what does not learn."""
     return [
         (rate, decay)
-        for rate in sorted(set(rates))
+        for rate in sorted({0.0, *rates})
         for decay in sorted(set(decays) if rate else {0.0})
     ]
 

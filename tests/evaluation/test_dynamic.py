@@ -463,6 +463,7 @@ def pickled(folder):
         ("--dynamic sgd", "needs --dynamic-lr"),
         ("--dynamic-lr 0.1", "--dynamic-lr: needs --dynamic sgd or rms"),
         ("--dynamic sgd --dynamic-lr 0.1 --dynamic-epsilon 1", "needs --dynamic rms"),
+        ("--dynamic sgd --dynamic-lr 0.1 --statistics-streams 3", "needs --dynamic rms"),
         ("--dynamic sgd --dynamic-lr nan", "--dynamic-lr nan"),
         ("--dynamic sgd --dynamic-lr -1", "--dynamic-lr -1.0"),
         ("--dynamic sgd --dynamic-lr 0.1 --dynamic-decay 2", "--dynamic-decay 2.0"),
@@ -486,7 +487,7 @@ def test_tuning_reports_the_grid_and_its_choice_serves_the_other_commands(
     own, folder = tmp_path / "checkpoint.pt", tmp_path / "table"
     shutil.copy(path, own)
     words = ["tune-dynamic", data, "--path", own, "--cpu", "--tokens 200", FEW, "--dynamic rms sgd"]
-    words += ["--dynamic-lr 0 0.001 0.1 1e9", "--dynamic-decay 0 0.01", "--score test"]
+    words += ["--dynamic-lr 0.001 0.1 1e9", "--dynamic-decay 0 0.01", "--score test"]
     run(*words, "--out", folder, "--name small")
     out = capsys.readouterr().out
     (row,) = [json.loads(p.read_text()) for p in folder.glob("*.json")]
