@@ -101,6 +101,8 @@ class TrainedModel(GeneratorHubInterface):
                 f"{path}: --arch {cfg.model._name} is not a model of fairseq_sha; use "
                 "fairseq-sha evaluate or fairseq-interactive"
             )
+        with open_dict(cfg):
+            cfg.task = task.cfg  # checked, and of the right types
         identity = digest(state["model"], cfg.model, task.source_dictionary.symbols)
         with threads(1):  # what is computed from the weights must not depend on their number
             model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
@@ -268,6 +270,8 @@ def _override(cfg, overrides):
         sections = [section for section in (cfg.model, cfg.task) if name in section]
         if not sections or name.startswith("_"):
             raise UserError(f"--model-overrides {name}: the model has no such setting")
+        if name in ("data", "codec"):
+            raise UserError(f"--model-overrides {name}: says what is read; leave it out")
         for section in sections:
             if isinstance(section, DictConfig):
                 section[name] = value

@@ -247,9 +247,13 @@ def test_reader_that_was_never_there(path, tmp_path, name):
     assert b"Traceback" not in done.stderr and b"Broken" not in done.stderr
 
 
-def test_overrides_reach_the_task(data, path, capsys):
+def test_overrides_reach_the_task(data, path, tmp_path, capsys):
     words = ["evaluate", data, "--path", path, "--cpu", "--model-overrides"]
     assert main([*words, "{'tokens_per_sample': 7}"]) == 0
+    assert "segments of 7" in capsys.readouterr().out
+    (tmp_path / "text").write_bytes(text(100))
+    words = ["score", str(tmp_path / "text"), "--path", path, "--cpu", "--model-overrides"]
+    assert main([*words, "{'tokens_per_sample': '7'}"]) == 0
     assert "segments of 7" in capsys.readouterr().out
 
 
@@ -258,6 +262,7 @@ def test_overrides_reach_the_task(data, path, capsys):
     [
         ("{'window': 'many'}", "--model-overrides {'window': 'many'}: "),
         ("{'_name': 'min_rnn'}", "--model-overrides _name: the model has no such setting"),
+        ("{'data': '/'}", "--model-overrides data: says what is read; leave it out"),
         ("{'model': {'window': 5}}", "--model-overrides model: the model has no such setting"),
         ("{'tokens_per_sample': 'many'}", "--model-overrides {'tokens_per_sample': 'many'}: "),
         ("{'tokens_per_sample': 0}", "--tokens-per-sample 0: must be at least 1"),

@@ -107,7 +107,8 @@ def run(args):
             "out"
         )
     use_symbols_of_data(args)
-    trained = load_model(args, allow_stock=True, allow_diverged=True)
+    only_scores = not (args.dynamic or args.fit_temperature)
+    trained = load_model(args, allow_stock=True, allow_diverged=only_scores)
     # What is wrong is found before hours of reading.
     policy_of(trained.task, args)
     trained.task.load_dataset(args.split)
