@@ -56,18 +56,19 @@ def read_weights(path):
         weights = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # of any type, depending on where the file stops making sense
         raise UserError(
-            f"{path}: not a state dict that torch loads safely; of a whole model, save the weights "
-            f"where its code is installed: torch.save(torch.load({str(path)!r}).state_dict(), FILE)"
+            f"{path}: not a state dict that torch loads safely; of a whole model that you trust, "
+            "save the weights where its code is installed: "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), FILE)"
         )
-    is_state_dict = isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
-    )
-    if not is_state_dict or not weights:
-        content = f"a dict of {', '.join(map(repr, list(weights)[:5]))}" if weights else "nothing"
-        if not isinstance(weights, dict):
-            content = f"a {type(weights).__name__}"
-        raise UserError(f"{path}: holds {content}, not tensors by name; save only the state dict")
-    return weights
+    if not isinstance(weights, dict):
+        content = f"a {type(weights).__name__}"
+    elif not weights:
+        content = "nothing"
+    elif all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
+        return weights
+    else:
+        content = f"a dict of {', '.join(map(repr, list(weights)[:5]))}"
+    raise UserError(f"{path}: holds {content}, not tensors by name; save only the state dict")
 
 
 def read_symbols(path, codec="bytes"):

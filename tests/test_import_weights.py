@@ -312,6 +312,8 @@ def rename(weights, old, new):
             "holds a dict of 'model', 'optimizer', not tensors",
         ),
         ("sha_rnn", lambda i: torch.save([1], i.weights), "holds a list"),
+        ("sha_rnn", lambda i: torch.save(torch.ones(2), i.weights), "holds a Tensor"),
+        ("sha_rnn", lambda i: torch.save({}, i.weights), "holds nothing"),
         ("sha_rnn", lambda i: i.weights.write_text("text"), "not a state dict that torch loads"),
         ("sha_rnn", lambda i: i.weights.write_bytes(b""), "not a state dict that torch loads"),
         ("sha_rnn", lambda i: os.truncate(i.weights, 5000), "damaged, its contents do not match"),
