@@ -133,3 +133,7 @@ class Corpus:
 def test_folder_without_published_rows_is_named(tmp_path, capsys):
     assert main(["published", str(tmp_path)]) == 1
     assert "rows.yaml: no such file; give a folder" in capsys.readouterr().err
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "rows.yaml").write_text("rows: []")
+    assert main(["published", str(tmp_path)]) == 1
+    assert "rows.yaml: has no tables" in capsys.readouterr().err

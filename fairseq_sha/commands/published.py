@@ -40,7 +40,9 @@ def page(folder):
     path = folder / "published" / "rows.yaml"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder of configs with published results")
-    tables = read_config(path)["tables"]
+    tables = read_config(path).get("tables")
+    if not tables:
+        raise UserError(f"{path}: has no tables; list the published rows under tables")
     parts, rows = [], []
     for table in tables:
         own = [Row(folder, row) for row in table["rows"]]

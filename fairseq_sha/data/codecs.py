@@ -209,7 +209,7 @@ class Codec(abc.ABC):
         those that stand for no text. If they did, as an unknown byte, they would be scored as if
         one symbol stood for all."""
         silent = np.append(self.bytes_per_token() == 0, True)
-        return silent[np.minimum(tokens, len(self.dictionary))]
+        return silent[np.minimum(tokens.astype(np.int64), len(self.dictionary))]
 
     def not_generated(self):
         """Token ids that generation must never choose, besides ``<s>`` and ``<pad>``: a list."""

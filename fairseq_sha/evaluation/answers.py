@@ -1,6 +1,7 @@
 """How many answers greedy prediction gets right, where each line of a text is a question, a mark
 and an answer."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class Answers(NamedTuple):
 
 def mark_of(codec, text):
     """The token that a mark is; UserError if it is not one token that the model knows."""
-    tokens = codec.encode(text.encode("utf-8"))
+    tokens = codec.encode(os.fsencode(text))
     unusable = codec.is_forbidden(np.asarray(tokens)) | (tokens.numpy() == codec.dictionary.unk())
     if len(tokens) != 1 or unusable.any():
         raise UserError(f"--answers-after '{text}': not one token of the model; give one")

@@ -79,7 +79,8 @@ def test_mistakes_are_those_of_the_logits(cutoffs):
 
 
 @pytest.mark.parametrize(
-    "mark, message", [("ab", "not one token"), ("z", "byte 122"), ("", "not one token")]
+    "mark, message",
+    [("ab", "not one token"), ("z", "byte 122"), ("\udcff", "byte 255"), ("", "not one token")],
 )
 def test_refusals(tmp_path, capsys, mark, message):
     data = write_folder(tmp_path)
