@@ -12,7 +12,7 @@ from torch import distributed
 
 from fairseq_sha.checks import torch_is_at_least
 from fairseq_sha.errors import UserError
-from fairseq_sha.files import copy_atomically
+from fairseq_sha.files import UNFINISHED, copy_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ def _check_finetuning(cfg):
 
 def replace_damaged_last_checkpoint(folder):
     """Put the newest whole checkpoint of a run in the place of a damaged ``checkpoint_last.pt``.
+    Copies that a killed run has not finished are removed.
 
     Raises:
         UserError: there is no whole one
@@ -144,6 +145,8 @@ def replace_damaged_last_checkpoint(folder):
 
 
 def _replace_damaged_last_checkpoint(folder):
+    for path in folder.glob(f".checkpoint*{UNFINISHED}"):  # what a killed run has left
+        path.unlink()
     last = folder / "checkpoint_last.pt"
     if not last.is_file() or is_whole(last):
         return

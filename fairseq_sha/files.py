@@ -3,16 +3,22 @@
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 from pathlib import Path
+
+UNFINISHED = ".unfinished"
+#: Of a name, in bytes: what is added may be 20 more, and file systems allow 255.
+LONGEST = 230
 
 
 @contextlib.contextmanager
 def unfinished(path):
-    """Yield a temporary name beside ``path``. At the end of the block, what was written there
-    takes the place of ``path``; if the block fails, it is removed.
+    """Yield the name of an empty file beside ``path``. At the end of the block, what was written
+    there takes the place of ``path``; if the block fails, it is removed.
 
-    At any time ``path`` is the old file, if there was one, or the whole new one.
+    At any time ``path`` is the old file, if there was one, or the whole new one. If several
+    processes write it, the last one to end wins.
 
     Args:
         path (str or Path): what to write; its folder must exist
@@ -20,10 +26,8 @@ def unfinished(path):
     Raises:
         OSError: the file cannot be written
     """
-    path = Path(path)
-    # In the same folder, since a rename cannot leave the file system. Always the same name, so that
-    # what a killed process left is replaced by the next one.
-    temporary = path.with_name(f"{path.name}.unfinished")
+    temporary = _temporary_name(path)
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -42,9 +46,7 @@ def unfinished_folder(path):
     Raises:
         OSError: the folder cannot be made, or ``path`` exists by then
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+    temporary = _temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -54,6 +56,13 @@ def unfinished_folder(path):
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_name(path):
+    """A name beside ``path`` that nobody else has: a rename cannot leave the file system."""
+    path = Path(path)
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST])
+    return path.with_name(f".{name}.{secrets.token_hex(4)}{UNFINISHED}")
 
 
 def write_atomically(path, content):

@@ -34,8 +34,9 @@ from bytes import add_sizes, check_sizes, held_out
 
 from fairseq_sha import files
 from fairseq_sha.data import data_bin, word_data_bin
-from fairseq_sha.data.data_bin import SIGNALS, explained
+from fairseq_sha.data.data_bin import explained
 from fairseq_sha.errors import UserError
+from fairseq_sha.signals import SIGNALS
 
 MIN_COUNT = 3  # as in WikiText
 CHUNK = 1 << 16  # bytes of text that a process tokenizes at a time

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fairseq_sha.files import locked, try_lock, write_atomically
+from fairseq_sha.files import locked, try_lock, unfinished, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,21 @@ def test_ordinary_permissions(tmp_path):
     (tmp_path / "ordinary").write_text("")
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "ordinary")]
     assert modes[0] == modes[1]
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    """The last one to end wins. Nobody else's file is touched."""
+    (tmp_path / "x.unfinished").write_bytes(b"another's")
+    with unfinished(tmp_path / "x") as first:
+        with unfinished(tmp_path / "x") as second:
+            second.write_bytes(b"second")
+            first.write_bytes(b"fir")
+        with first.open("ab") as file:
+            file.write(b"st")
+        assert (tmp_path / "x").read_bytes() == b"second"
+    assert (tmp_path / "x").read_bytes() == b"first"
+    assert (tmp_path / "x.unfinished").read_bytes() == b"another's"
+    assert sorted(os.listdir(tmp_path)) == ["x", "x.unfinished"]
 
 
 @pytest.mark.parametrize("old", [None, b"old"])

@@ -73,6 +73,7 @@ def test_killed_run_repeats_the_uninterrupted_one(data, tmp_path, name, extra):
         for update, logged in validations(output).items():
             assert logged == valid[update], update
     assert set().union(*map(logged_losses, outputs)) == set(losses)
+    assert not list(folder.glob("*.unfinished"))
     ours, theirs = (
         torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True)["model"]
         for run in ("killed", "whole")

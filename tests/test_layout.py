@@ -11,7 +11,7 @@ ROOT = Path(fairseq_sha.__file__).parent
 #: Each level may import itself and those before it. The package itself imports nothing but errors;
 #: its ``register`` imports the tasks when it is called.
 LEVELS = [
-    {"errors", "files", "checks", "ngram_hash"},
+    {"errors", "files", "checks", "ngram_hash", "signals"},
     {"checkpoints", "registrations"},
     {"compatibility"},
     {"ops", "data", "optim", "criterions"},

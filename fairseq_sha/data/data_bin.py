@@ -17,7 +17,6 @@ import glob
 import os
 import secrets
 import shutil
-import signal
 import stat
 import struct
 import sys
@@ -27,9 +26,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from fairseq_sha import signals
 from fairseq_sha.errors import UserError, wants_traceback
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that ask a program to end
 MINIMUM = 2  # bytes in a split: one to predict from and one to predict
 NEWLINE = 10
 UNFINISHED = ".partial"  # ends the name of a folder that is being written
@@ -65,10 +64,7 @@ def run(main):
     the traceback instead. A signal that ends the program raises an exception, so that unfinished
     files are removed; the exit status is then 128 + signal, as in a shell.
     """
-    for number in SIGNALS:
-        # An ignored signal stays ignored: nohup relies on that.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+    signals.end_by_exception()
     started = time.perf_counter()
     try:
         main()
@@ -77,14 +73,6 @@ def run(main):
         if wants_traceback():
             raise
         sys.exit(f"error: {error}")
-
-
-def _stop(number, _frame):
-    for each in SIGNALS:  # a second one must not interrupt the clean-up
-        signal.signal(each, signal.SIG_IGN)
-    # print would fail if the signal arrived while something was being printed.
-    os.write(2, f"error: stopped by {signal.Signals(number).name}\n".encode())
-    sys.exit(128 + number)
 
 
 def argument_parser(description, all_bytes=True):
