@@ -6,11 +6,14 @@ import io
 import os
 import pty
 import re
+import resource
+import signal
 import stat
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 
@@ -63,9 +66,9 @@ def in_process(*argv, **options):
     command, *rest = (str(word) for word in argv)
     return subprocess.run(
         [*PROGRAM, command, "--path", "model", *rest],
-        cwd=str(REPOSITORY),
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
-        **options,
+        **{"cwd": str(REPOSITORY), **options},
     )
 
 
@@ -74,14 +77,15 @@ def in_process(*argv, **options):
 
 def test_file_comes_back(file, capsys):
     file.chmod(0o640)
+    os.utime(file, (10**9, 10**9))
     assert run("compress", "--block-size", "1K", "--streams", 2, file) == 0
     assert file.read_bytes() == CONTENT  # kept
     packed = file.with_name("file.shac")
-    assert stat.S_IMODE(packed.stat().st_mode) == 0o640
+    assert stat.S_IMODE(packed.stat().st_mode) == 0o640 and packed.stat().st_mtime == 10**9
     file.unlink()
     assert run("decompress", packed) == 0
     assert file.read_bytes() == CONTENT and packed.exists()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640 and file.stat().st_mtime == 10**9
     size = packed.stat().st_size
     rate = f"{8 * size / 3000:.3f}"
     lines = capsys.readouterr().out.splitlines()
@@ -100,6 +104,51 @@ def test_named_pipe_is_read_once(tmp_path):
     assert run("compress", pipe) == 0 and writer.wait(10) == 0
     pipe.unlink()
     assert run("decompress", tmp_path / "pipe.shac") == 0 and pipe.read_bytes() == b"abc"
+
+
+def test_group_may_not_read_what_another_group_could(file, monkeypatch):
+    def refuse(path, owner, group):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600  # nobody else could read meanwhile
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    file.chmod(0o664)
+    monkeypatch.setattr(os, "chown", refuse)
+    assert run("compress", file) == 0
+    assert stat.S_IMODE(file.with_name("file.shac").stat().st_mode) == 0o604
+
+
+def test_file_whose_name_is_that_of_standard_input(tmp_path):
+    (tmp_path / "-").write_bytes(CONTENT)
+    done = in_process("compress", "./-", input=b"", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(b"/")
+    assert in_process("decompress", "-c", "./-.shac", cwd=tmp_path).stdout == CONTENT
+
+
+def test_longest_names(tmp_path):
+    path = tmp_path / ("\u00e9" * 125)
+    path.write_bytes(CONTENT)
+    assert run("compress", path) == 0
+    assert path.with_name(path.name + ".shac").stat().st_size
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_leaves_nothing(tmp_path, number):
+    os.mkfifo(str(tmp_path / "pipe"))
+    process = subprocess.Popen(
+        [*PROGRAM, "compress", "--path", "model", str(tmp_path / "pipe")],
+        cwd=str(REPOSITORY),
+        stderr=subprocess.PIPE,
+        # A shell that runs the tests in the background has them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    with open(tmp_path / "pipe", "wb"):
+        while process.poll() is None and not list(tmp_path.glob("*.unfinished")):
+            time.sleep(0.01)
+        process.send_signal(number)
+        error = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    assert error.splitlines()[-1] == f"error: stopped by {signal.Signals(number).name}".encode()
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 def test_existing_files_are_left_alone_without_force(file, capsys):
@@ -183,8 +232,28 @@ def test_stdout(file):
     other.write_bytes(packed.stdout)
     done = in_process("decompress", "--stdout", other, other)
     assert done.stdout == CONTENT * 2 and done.returncode == 0
-    done = in_process("compress", "-c", file, file)
-    assert done.returncode == 1 and b"error: --stdout: packed files cannot be joined" in done.stderr
+    for names in (("-c", file, file), ("-", "-")):
+        done = in_process("compress", *names)
+        assert done.returncode == 1 and b"error: packed files cannot be joined" in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("size", [1000, 2999])
+def test_disk_that_is_full_is_an_error_of_standard_output(packed, unbuffered, size):
+    def limit():  # a file that grows beyond this is an OSError, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    with open(packed.with_name("out"), "wb") as out:
+        done = subprocess.run(
+            [*PROGRAM, "decompress", "--path", "model", "-c", str(packed)],
+            cwd=str(REPOSITORY),
+            stdout=out,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            preexec_fn=limit,
+        )
+    assert done.returncode == 1
+    assert b"File too large" in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_pipe_that_gives_few_bytes_at_a_time(file):

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 
+from fairseq_sha import signals
 from fairseq_sha.errors import UserError, wants_traceback
 
 #: The module of each command, and a line of help.
@@ -31,6 +32,8 @@ COMMANDS = {
     "report": "a page about comparisons",
     "rivals": "what classical compressors make of a data folder",
 }
+#: Errors of a write: no space, no quota, a file that is too large, hardware.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(argv=None):
@@ -38,22 +41,24 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         # A name or a text that the terminal cannot show must not end the work.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if argv is None:
+        signals.end_by_exception()
     try:
         try:
             args = parse(sys.argv[1:] if argv is None else argv)
             return args.run(args) or 0
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough, as in `| head`. Python flushes standard output once more at
-        # exit, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        _discard_output()
         return 128 + 13  # as a shell reports SIGPIPE
     except (UserError, OSError) as error:
         message = _message(error)
         if message is None or wants_traceback():
             raise
         print(f"error: {message}", file=sys.stderr)
+        if getattr(error, "errno", None) in FULL:
+            _discard_output()
         return 1
 
 
@@ -63,7 +68,12 @@ def _message(error):
         return str(error)
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return error.strerror if error.errno == errno.ENOSPC else None
+    return error.strerror if error.errno in FULL else None
+
+
+def _discard_output():
+    """Python flushes standard output once more at exit, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,12 +1,18 @@
 """What the commands that use a trained model share."""
 
 import ast
+import contextlib
+import io
 import logging
 import os
 import sys
+from pathlib import Path
 
 import fairseq_sha
 from fairseq_sha.errors import UserError
+
+#: What stands for standard input, or output.
+STANDARD = Path("-")
 
 
 def add_model_arguments(parser, required=True, what="CHECKPOINT"):
@@ -169,9 +175,28 @@ def check_new(paths):
             raise UserError(f"{path}: its folder is missing or cannot be written to")
 
 
+def path_or_standard(text):
+    """A Path, or :data:`STANDARD` for ``-``, as a type of argparse's options."""
+    # For Path, the file "./-" is "-" too.
+    return Path(text) if text == "-" or Path(text) != STANDARD else Path(os.path.abspath(text))
+
+
 def read_text(path):
-    """The bytes of a file; ``-`` is standard input."""
-    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    """The bytes of a file, or of standard input."""
+    return sys.stdin.buffer.read() if path == STANDARD else path.read_bytes()
+
+
+@contextlib.contextmanager
+def standard_output():
+    """Yield standard output for bytes. Where Python does not buffer it (``python -u``), a write may
+    leave out what a full disk or a pipe does not take, without an error."""
+    output = sys.stdout.buffer
+    if isinstance(output, io.RawIOBase):
+        with open(os.dup(output.fileno()), "wb") as buffered:
+            yield buffered
+        return
+    yield output
+    output.flush()
 
 
 def progress_bar(name, total=None):

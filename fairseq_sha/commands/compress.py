@@ -62,8 +62,8 @@ def add_arguments(parser):
 def run(args):
     """Compress the files; returns the exit status."""
     packed_file.check_numbers(args.block_size, args.streams, args.threads)
-    if args.stdout and len(args.files) > 1:
-        raise UserError("--stdout: packed files cannot be joined; name one file")
+    if (len(args.files) if args.stdout else args.files.count(STANDARD)) > 1:
+        raise UserError("packed files cannot be joined on standard output; name one file")
     to_stdout = args.stdout or STANDARD in args.files
     if to_stdout and sys.stdout.isatty() and not args.force:
         raise UserError("packed data is not written to a terminal; redirect it, or use --force")

@@ -9,14 +9,13 @@ symbols that stand for no text are never chosen.
 seed gives the same text on every machine.
 """
 
-import sys
-from pathlib import Path
-
 from fairseq_sha.commands.common import (
     add_model_arguments,
     load_model,
     load_portable,
+    path_or_standard,
     read_text,
+    standard_output,
 )
 from fairseq_sha.errors import UserError
 
@@ -27,7 +26,10 @@ def add_arguments(parser):
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="(default: none)")
     prompt.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="any bytes; - is standard input"
+        "--prompt-file",
+        type=path_or_standard,
+        metavar="FILE",
+        help="any bytes; - is standard input",
     )
     parser.add_argument(
         "--length", type=int, default=500, help="tokens to generate (default: %(default)s)"
@@ -74,9 +76,8 @@ def run(args):
     # The prompt as the model reads it: words are followed by a space.
     shown = model.codec.decode(model.encode(prompt))
     for _ in range(args.samples):
-        out = sys.stdout.buffer
-        out.write(shown + model.continuation(prompt, args.length, **options) + b"\n")
-        out.flush()
+        with standard_output() as out:
+            out.write(shown + model.continuation(prompt, args.length, **options) + b"\n")
 
 
 def generate_in_integers(model, args, prompt):
@@ -90,8 +91,8 @@ def generate_in_integers(model, args, prompt):
     for sample in range(args.samples):
         seed = None if args.seed is None else args.seed + sample
         drawn = model.generate(prompt, args.length, seed, args.temperature)
-        sys.stdout.buffer.write(prompt + drawn + b"\n")
-        sys.stdout.buffer.flush()
+        with standard_output() as out:
+            out.write(prompt + drawn + b"\n")
 
 
 def generation_options(args):

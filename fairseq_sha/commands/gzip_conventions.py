@@ -2,17 +2,15 @@
 
 import argparse
 import contextlib
-import shutil
+import os
 import sys
 import traceback
-from pathlib import Path
 
-from fairseq_sha.commands.common import check_new
+from fairseq_sha.commands.common import STANDARD, check_new, path_or_standard, standard_output
 from fairseq_sha.errors import UserError, wants_traceback
 from fairseq_sha.files import unfinished
 
 SUFFIX = ".shac"
-STANDARD = Path("-")
 ERROR, WARNING = 1, 2
 
 
@@ -25,7 +23,7 @@ def add_file_arguments(parser, name):
     parser.add_argument(
         "files",
         nargs="*",
-        type=Path,
+        type=path_or_standard,
         default=[STANDARD],
         metavar=name,
         help="- or none: standard input, to standard output",
@@ -81,16 +79,24 @@ def opened(path):
 
 @contextlib.contextmanager
 def writing(source, target):
-    """Yield a file that takes the place of ``target`` at the end, readable by whoever may read
-    ``source``; standard output if ``target`` is None."""
+    """Yield a file that takes the place of ``target`` at the end, with the permissions and the time
+    of ``source``; standard output if ``target`` is None."""
     if target is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        with standard_output() as output:
+            yield output
         return
     with unfinished(target) as temporary:
+        temporary.chmod(0o600)
         with open(temporary, "wb") as output:
-            shutil.copymode(source, temporary)
             yield output
+        found = os.stat(source)
+        mode = found.st_mode & 0o777
+        try:
+            os.chown(temporary, found.st_uid if os.geteuid() == 0 else -1, found.st_gid)
+        except PermissionError:  # of a group that the user does not belong to
+            mode &= ~0o070
+        temporary.chmod(mode)
+        os.utime(temporary, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def for_each(paths, function):

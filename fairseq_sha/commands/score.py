@@ -24,6 +24,7 @@ from fairseq_sha.commands.common import (
     add_model_arguments,
     check_new,
     load_model,
+    path_or_standard,
 )
 from fairseq_sha.commands.dynamic_options import (
     add_dynamic_arguments,
@@ -36,7 +37,9 @@ from fairseq_sha.errors import UserError
 def add_arguments(parser):
     """Declare the options."""
     add_model_arguments(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the text; - is standard input")
+    parser.add_argument(
+        "file", type=path_or_standard, metavar="FILE", help="the text; - is standard input"
+    )
     parser.add_argument(
         "--against", metavar="CHECKPOINT", help="compare with this model, of any codec"
     )
