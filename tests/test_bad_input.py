@@ -152,6 +152,12 @@ OPTIONS = {
     "remainder": ("--skip-remainder-batch", "--skip-remainder-batch: would leave out"),
     "valid steps": ("--max-valid-steps 3", "--max-valid-steps: would give the score of a part"),
     "max tokens": ("--max-tokens 100", "--max-tokens 100: 4 streams .* of 40 tokens .* are more"),
+    "no valid streams": ("--batch-size-valid 0", "--batch-size-valid 0: must be at least 1"),
+    "max valid tokens": (
+        "--max-tokens-valid 10",
+        "--max-tokens-valid 10: 4 streams .--batch-size-valid. with segments",
+    ),
+    "loss scale": ("--amp --amp-scale-window 500", "--amp-init-scale and --amp-scale-window: "),
     "bos": ("--add-bos-token", "--add-bos-token: not supported"),
     "finetune": ("--finetune-from-model {checkpoints}/none.pt", "none.pt"),
     "finetune text": ("--finetune-from-model {checkpoints}/text.pt", "text.pt: not a checkpoint"),

@@ -5,6 +5,7 @@ import math
 
 import torch
 from fairseq.data.iterators import EpochBatchIterator
+from fairseq.logging import metrics
 
 from fairseq_sha import compatibility
 from fairseq_sha.checkpoints import check_codec
@@ -136,14 +137,16 @@ class SegmentIterator(EpochBatchIterator):
             check_codec(state_dict, self.codec)
         saved, own = state_dict.get("segmentation"), self.dataset.segmentation()
         if saved != own:
-            before = saved or {}
-            different = [k for k in {**before, **own} if before.get(k) != own.get(k)]
-            logger.warning(
-                "the checkpoint was written with another %s; beginning epoch %d again, with no "
-                "carried state",
-                " and ".join(different),
-                state_dict["epoch"],
-            )
+            if state_dict.get("iterations_in_epoch", 0) > 0:
+                before = saved or {}
+                different = [k for k in {**before, **own} if before.get(k) != own.get(k)]
+                logger.warning(
+                    "the checkpoint was written with another %s; beginning epoch %d again, with no "
+                    "carried state",
+                    " and ".join(different),
+                    state_dict["epoch"],
+                )
+                metrics.reset_meters("train")  # fairseq has restored those of the epoch so far
             state_dict = {**state_dict, "iterations_in_epoch": 0, "carried": None}
         super().load_state_dict(state_dict)
         self.restored = {"patience": state_dict.get("patience")}

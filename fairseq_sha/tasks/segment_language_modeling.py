@@ -26,13 +26,14 @@ from fairseq.data import (
     PrependTokenDataset,
 )
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass.configs import CommonConfig
 from fairseq.logging import metrics
 from fairseq.models import FairseqLanguageModel
 from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks import FairseqTask, register_task
-from omegaconf import II
+from omegaconf import II, DictConfig
 
 from fairseq_sha import compatibility
 from fairseq_sha.checkpoints import (
@@ -280,8 +281,15 @@ class SegmentLanguageModelingTask(FairseqTask):
             self.model.decoder.total_updates = self.cfg.max_update
             if self.cfg.compile:
                 self.model.decoder.compile_layers()
-        elif self.is_training and self.cfg.compile:
-            raise UserError(f"--compile: not supported for --arch {cfg._name}; leave it out")
+        elif self.is_training:
+            # Some of fairseq's models have such an option of their own.
+            own = isinstance(cfg, DictConfig) and "checkpoint_activations" in cfg
+            for name in ("compile", *(() if own else ("checkpoint_activations",))):
+                if getattr(self.cfg, name):
+                    option = name.replace("_", "-")
+                    raise UserError(
+                        f"--{option}: not supported for --arch {cfg._name}; leave it out"
+                    )
         if self.is_training and self.cfg.drop_state_probability > 0:
             if not (self.carries_state() and self.model.decoder.has_training_state):
                 raise UserError(
@@ -305,6 +313,11 @@ class SegmentLanguageModelingTask(FairseqTask):
             raise UserError(
                 f"--average-weights {kind}: starts after a validation; leave out "
                 "--disable-validation"
+            )
+        if kind == "non_monotone" and self.cfg.average_latest:
+            raise UserError(
+                f"--average-latest {self.cfg.average_latest}: is for --average-weights stalled; "
+                "leave it out"
             )
         parameters = dict(self.model.named_parameters())
         if kind == "stalled":
@@ -342,6 +355,12 @@ class SegmentLanguageModelingTask(FairseqTask):
         if path is not None and only_weights:  # otherwise the iterator compares the codecs
             weights = checkpoint_utils.load_checkpoint_to_cpu(path)
             self.load_state_dict(weights.get("task_state") or {})
+            iterator = (weights.get("extra_state") or {}).get("train_iterator") or {}
+            if (iterator.get("averaged") or {}).get("trained") is not None:
+                logger.warning(
+                    "the weights of %s are averages; training starts from them, and averaging anew",
+                    path,
+                )
 
     def _check_valid_subsets(self):
         """fairseq's own check, with the path and the remedy."""
@@ -403,6 +422,12 @@ class SegmentLanguageModelingTask(FairseqTask):
                     f"--total-num-update {scheduler.total_num_update}: must be positive; it is the "
                     "number of updates over which the learning rate decays"
                 )
+        scale = cfg.common.amp_init_scale, cfg.common.amp_scale_window
+        if cfg.common.amp and scale != (CommonConfig.amp_init_scale, None):
+            raise UserError(
+                "--amp-init-scale and --amp-scale-window: fairseq takes the one for the other; use "
+                "--fp16-init-scale, which is the first loss scale of --amp, too"
+            )
         if cfg.dataset.max_valid_steps is not None:
             raise UserError(
                 "--max-valid-steps: would give the score of a part of the split; leave it out"
@@ -659,13 +684,16 @@ class SegmentLanguageModelingTask(FairseqTask):
             )
         if max_sentences is None:
             raise UserError("--batch-size is missing: it is the number of parallel streams")
+        # fairseq gives this when it trains, and not when it validates, which may be on the same.
+        training = self.is_training and update_epoch_batch_itr is not None
+        valid = "-valid" if self.is_training and not training else ""
         if max_sentences < 1:
-            raise UserError(f"--batch-size {max_sentences}: must be at least 1")
+            raise UserError(f"--batch-size{valid} {max_sentences}: must be at least 1")
         if max_tokens is not None and max_tokens < max_sentences * self.cfg.tokens_per_sample:
             raise UserError(
-                f"--max-tokens {max_tokens}: {max_sentences} streams (--batch-size) with segments "
-                f"of {self.cfg.tokens_per_sample} tokens (--tokens-per-sample) are more; leave it "
-                "out or change the others"
+                f"--max-tokens{valid} {max_tokens}: {max_sentences} streams (--batch-size{valid}) "
+                f"with segments of {self.cfg.tokens_per_sample} tokens (--tokens-per-sample) are "
+                "more; leave it out or change the others"
             )
         if num_workers < 0:
             raise UserError(f"--num-workers {num_workers}: must be at least 0")
@@ -679,8 +707,6 @@ class SegmentLanguageModelingTask(FairseqTask):
                 "that of the whole; evaluate with one (--distributed-world-size 1)"
             )
         split = next(name for name, loaded in self.datasets.items() if loaded is dataset)
-        # fairseq gives this when it trains, and not when it validates, which may be on the same.
-        training = self.is_training and update_epoch_batch_itr is not None
         if training and max_sentences * num_shards > len(dataset):
             raise UserError(
                 f"--batch-size {max_sentences}: {max_sentences * num_shards} streams in all, and "

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from fairseq.data import Dictionary
+from fairseq.logging import metrics
 
 from fairseq_sha import UserError
 from fairseq_sha.data.codecs import ByteCodec, WordCodec
@@ -42,7 +43,15 @@ def corpus(tmp_path_factory):
 
 
 def iterator(
-    corpus, batch_size=4, tokens_per_sample=20, num_shards=1, shard=0, random_start=False, **options
+    corpus,
+    batch_size=4,
+    tokens_per_sample=20,
+    num_shards=1,
+    shard=0,
+    random_start=False,
+    random_lengths=False,
+    seed=1,
+    **options,
 ):
     dataset = SegmentDataset(
         corpus,
@@ -54,6 +63,8 @@ def iterator(
         num_shards=num_shards,
         shard=shard,
         random_start=random_start,
+        random_lengths=random_lengths,
+        seed=seed,
     )
     options = {"reference": torch.zeros(1), **options}
     return SegmentIterator(dataset, carried=Carried(batch_size), **options)
@@ -149,23 +160,36 @@ def test_another_corpus_of_the_same_length_begins_the_epoch_again(corpus, caplog
 
 
 @pytest.mark.parametrize(
-    "changed, named",
+    "before, changed, named",
     [
-        (dict(batch_size=5), "streams"),
-        (dict(tokens_per_sample=21), "length"),
-        (dict(random_start=True), "starts"),
+        ({}, dict(batch_size=5), "streams"),
+        ({}, dict(tokens_per_sample=21), "length"),
+        ({}, dict(random_start=True), "starts"),
+        ({}, dict(random_lengths=True), "random segment lengths"),
+        (dict(random_lengths=True), dict(seed=2), "seed"),
+        (dict(random_start=True), dict(seed=2), "seed"),
     ],
 )
-def test_another_segmentation_begins_the_epoch_again(corpus, caplog, changed, named):
-    resumed = iterator(corpus, **changed)
+def test_another_segmentation_begins_the_epoch_again(corpus, caplog, before, changed, named):
+    """The score of the epoch is that of what is read from here on."""
+    resumed = iterator(corpus, **before, **changed)
+    with metrics.aggregate("train"):
+        metrics.log_scalar("loss", 5.0)
     with caplog.at_level(logging.WARNING):
-        resumed.load_state_dict(state_after(iterator(corpus), 3))
+        resumed.load_state_dict(state_after(iterator(corpus, **before), 3))
+    assert metrics.get_meter("train", "loss").count == 0
     assert named in caplog.text and "beginning epoch 1 again" in caplog.text
     assert resumed.carried.restored is None
     assert next_segment(resumed) == "train:1:0"
-    back = iterator(corpus)
+    back = iterator(corpus, **before)
     back.load_state_dict(state_after(resumed, 3))
     assert caplog.text.count(named) == 2
+
+
+def test_another_segmentation_between_epochs_loses_nothing(corpus, caplog):
+    resumed = iterator(corpus, batch_size=5)
+    resumed.load_state_dict(state_after(iterator(corpus), 13))
+    assert not caplog.text and resumed.epoch == 2
 
 
 def test_dummy_batch_has_no_identity(corpus):

@@ -8,9 +8,14 @@ import pytest
 import torch
 from fairseq.optim.amp_optimizer import AMPOptimizer
 
+from fairseq_sha.data.codecs import WordCodec
 from fairseq_sha.optim.averaged_weights import AveragedWeights, non_monotone, stalled
-from fairseq_sha.tasks.segment_language_modeling import SegmentLanguageModelingTask
+from fairseq_sha.tasks.segment_language_modeling import (
+    SegmentLanguageModelingConfig,
+    SegmentLanguageModelingTask,
+)
 from tests.commands import command, logged_losses
+from tests.conftest import dictionary_of
 from tests.options import SHA_RNN
 from tests.test_workers import NO_DROPOUT, same_weights, train_with_workers
 from tests.tiny_corpus import write_folder
@@ -186,6 +191,29 @@ def test_checkpoints_hold_the_mean_of_the_weights_and_resume(data, tmp_path):
         assert again == {update: losses[update] for update in again}
         ours, expected = model_of(save / "checkpoint_last.pt"), model_of(last)
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    anew = average.replace(f"{tmp_path}/whole", f"{tmp_path}/anew --max-update 19")
+    anew = command("fairseq-train", data, f"{anew} --restore-file {path} --reset-dataloader")
+    assert "are averages; training starts from them, and averaging anew" in anew.stdout
+
+
+@pytest.mark.parametrize(
+    "kind, costs, starts, skipped",
+    [("non_monotone", [3.0, 2.0, 1.0, 2.5], 4, 1), ("stalled", [3.0, 2.0, 2.5, 2.6], 3, 0)],
+)
+def test_cost_of_the_first_split_starts_the_averaging_of_its_kind(kind, costs, starts, skipped):
+    cfg = SegmentLanguageModelingConfig(
+        average_weights=kind, average_patience=1, fp16=False, bf16=False, disable_validation=False
+    )
+    task = SegmentLanguageModelingTask(cfg, WordCodec(dictionary_of(29)))
+    task.model = torch.nn.Linear(2, 2)
+    task.averaged = task._averaged_weights()
+    assert task.averaged.skipped == skipped
+    for number, cost in enumerate(costs, 1):
+        task.begin_valid_epoch(1, task.model)
+        for of_split in (cost, 9.0):
+            task.post_validate(task.model, {}, {"nats": SimpleNamespace(avg=of_split)})
+        assert (task.averaged.updates is not None) == (number >= starts)
+    assert task.averaged.costs == costs
 
 
 class Scaler:
@@ -255,6 +283,7 @@ def test_two_workers_average_as_one_does(data, tmp_path):
     [
         ("--disable-validation", "--average-weights non_monotone: starts after a validation"),
         ("--average-patience 0", "--average-patience 0: must be at least 1"),
+        ("--average-latest 1", "--average-latest 1: is for --average-weights stalled"),
     ],
 )
 def test_runs_that_could_not_average_are_refused(data, tmp_path, extra, message):

@@ -10,13 +10,14 @@ from fairseq.optim.sgd import SGD as FairseqSGD
 from omegaconf import OmegaConf
 
 from fairseq_sha import UserError
-from fairseq_sha.data.codecs import WordCodec
+from fairseq_sha.data.codecs import ByteCodec, WordCodec
 from fairseq_sha.tasks.segment_language_modeling import (
     SegmentLanguageModelingConfig,
     SegmentLanguageModelingTask,
 )
 from tests.conftest import dictionary_of
 from tests.models.test_adaptive_span import decoder
+from tests.tiny_corpus import write_folder
 
 
 def codec():
@@ -36,6 +37,24 @@ def update(optimizer, model):
 def leave_bounds(parameters):
     for parameter, value in zip(parameters, (-0.2, 1.3)):
         parameter.data.fill_(value)
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_epochs_start_where_the_option_says(model, tmp_path, random_start):
+    cfg = SegmentLanguageModelingConfig(
+        data=write_folder(tmp_path), tokens_per_sample=20, random_start=random_start, seed=1
+    )
+    task = SegmentLanguageModelingTask(cfg, ByteCodec.load(cfg.data))
+    task.load_dataset("train")
+    task.model, task.is_training = model, True
+
+    def first_batch(epoch):
+        batches = task.get_batch_iterator(
+            task.dataset("train"), max_sentences=4, epoch=epoch, update_epoch_batch_itr=False
+        )
+        return next(batches.next_epoch_itr())["target"]
+
+    assert torch.equal(first_batch(1), first_batch(2)) != random_start
 
 
 def test_parameters_are_clamped_to_their_bounds(model):

@@ -149,3 +149,5 @@ def test_there_is_no_state_to_drop(data, tmp_path, monkeypatch):
     options += " --criterion cross_entropy --max-update 2 --drop-state-probability 0.1"
     message = message_of("train", data, options, monkeypatch)
     check(message, "--drop-state-probability 0.1: --arch lstm_lm carries no state in training;")
+    message = message_of("train", data, f"{options} --checkpoint-activations", monkeypatch)
+    check(message, "--checkpoint-activations: not supported for --arch lstm_lm; leave it out")
