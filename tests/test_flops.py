@@ -311,6 +311,9 @@ def test_counting_leaves_nothing_behind():
         ({"task": {"_name": "language_modeling"}}, "task._name language_modeling"),
         ({"task": {"data": "nowhere"}}, "nowhere"),
         ({"dataset": {"batch_size": None}}, "dataset.batch_size is missing"),
+        ({"dataset": {"batch_size": 0}}, "dataset.batch_size 0: must be a whole number of at"),
+        ({"task": {"tokens_per_sample": "many"}}, "task.tokens_per_sample many: must be"),
+        ({"model": "sha_rnn"}, "model sha_rnn: not a section; correct it"),
     ],
 )
 def test_config_that_makes_no_model_is_one_line(data, tmp_path, capsys, changes, named):
@@ -322,7 +325,10 @@ def test_config_that_makes_no_model_is_one_line(data, tmp_path, capsys, changes,
             OmegaConf.create(changes["evaluation"]), str(tmp_path / "evaluation" / path.name)
         )
         changes = {}
-    OmegaConf.save(OmegaConf.merge(config, {"model": SHA_RNN}, changes), str(path))
+    config = OmegaConf.merge(config, {"model": SHA_RNN})
+    for name, section in changes.items():
+        config[name] = OmegaConf.merge(config[name], section) if section != "sha_rnn" else section
+    OmegaConf.save(config, str(path))
     assert main(["flops", "--config", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}: ") and named in error and error.count("\n") == 1

@@ -5,6 +5,7 @@ python examples/onnx/generate.py model.onnx "The history of" --length 300
 
 import argparse
 import json
+import os
 import re
 import sys
 
@@ -34,7 +35,7 @@ if metadata["codec"] == "pieces":
     prompt = Tokenizer.from_str(metadata["tokenizer"]).encode(args.prompt).ids
 else:
     if metadata["codec"] == "bytes":
-        parts = [bytes([value]) for value in args.prompt.encode()]
+        parts = [bytes([value]) for value in os.fsencode(args.prompt)]
     else:  # words, and ends of lines
         parts = [part.encode() for part in re.findall(r"\S+|\n", args.prompt)]
         parts = [part if part == b"\n" else part + b" " for part in parts]

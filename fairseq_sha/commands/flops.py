@@ -56,11 +56,17 @@ def count(path, data=None):
     from fairseq_sha.compare import recipe
 
     config = read_config(path)
+    for section in ("task", "model", "dataset"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{path}: {section} {config[section]}: not a section; correct it")
     if data:
         config.setdefault("task", {})["data"] = str(data)
     for needed in ("task.data", "task.tokens_per_sample", "dataset.batch_size"):
-        if not recipe.lookup(config, needed):
+        value = recipe.lookup(config, needed)
+        if value is None:
             raise UserError(f"{path}: {needed} is missing; add it")
+        if needed != "task.data" and not (isinstance(value, int) and value > 0):
+            raise UserError(f"{path}: {needed} {value}: must be a whole number of at least 1")
     beside = path.parent / "evaluation" / path.name
     evaluation = read_config(beside) if beside.is_file() else {}
     tokens = recipe.tokens_per_update(recipe.Recipe(path.stem, config, evaluation))
