@@ -85,11 +85,11 @@ def writing(source, target):
         with standard_output() as output:
             yield output
         return
+    found = os.stat(source)
     with unfinished(target) as temporary:
         temporary.chmod(0o600)
         with open(temporary, "wb") as output:
             yield output
-        found = os.stat(source)
         mode = found.st_mode & 0o777
         try:
             os.chown(temporary, found.st_uid if os.geteuid() == 0 else -1, found.st_gid)
