@@ -192,4 +192,5 @@ class FairseqMinTrustLAMB(PerTensorNormOptimizer):
             ("trust_max", ratios.max()),
             ("trust_at_bound", at_bound),
         ):
-            metrics.log_scalar(name, value.item(), priority=450, round=4)
+            # Without a minimum, some ratios are below 0.0001.
+            metrics.log_scalar(name, value.item(), priority=450, round=8)
