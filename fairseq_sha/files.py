@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
-#: Of a name, in bytes: what is added may be 20 more, and file systems allow 255.
+#: Of a name, in bytes: what is added is 21 more, and file systems allow 255.
 LONGEST = 230
 
 

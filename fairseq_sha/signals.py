@@ -10,13 +10,17 @@ import sys
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def handle(handler):
+    """Have these signals call a handler, but for those that are ignored: nohup relies on that."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def end_by_exception():
     """Have these signals raise SystemExit with the status 128 + signal, as in a shell, and say so
     in one line."""
-    for number in SIGNALS:
-        # An ignored signal stays ignored: nohup relies on that.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+    handle(_stop)
 
 
 def _stop(number, _frame):

@@ -55,13 +55,19 @@ def load_model(args, allow_stock=False, allow_diverged=False):
     trained = TrainedModel.load(
         args.path, args.data_bin, args.cpu, overrides, allow_stock, collapse
     )
-    for name, weight in trained.models[0].named_parameters():
-        if not (allow_diverged or weight.isfinite().all()):
+    if not allow_diverged:
+        check_finite(args.path, trained.models[0])
+    return trained
+
+
+def check_finite(path, model):
+    """Raise a UserError if the weights of a checkpoint's model are not finite."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
             raise UserError(
-                f"{args.path}: {name} is not finite, so training has diverged; name an earlier "
+                f"{path}: {name} is not finite, so training has diverged; name an earlier "
                 "checkpoint"
             )
-    return trained
 
 
 def use_symbols_of_data(args):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from fairseq_sha import signals
 from fairseq_sha.compare import DEFAULT_TRIALS, compressors, summary, texts, tuning
 from fairseq_sha.compare import recipe as recipes
 from fairseq_sha.compare.logs import read
@@ -34,7 +35,6 @@ from fairseq_sha.compare.runs import (
 from fairseq_sha.compare.space import RELATIVE, WARMUP, WARMUP_FIELDS
 from fairseq_sha.errors import UserError
 from fairseq_sha.files import locked, try_lock, write_atomically
-from fairseq_sha.signals import SIGNALS
 
 DIVERGED = "gradients are Nan/Inf"  # fairseq's message when it gives up
 #: Folders of a comparison with tuning that are not models.
@@ -43,9 +43,7 @@ RESERVED = ("paper", "tuning", "chosen")
 
 def run(args):
     """Compare as the options of ``fairseq-sha compare`` say; returns the exit status."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
-            signal.signal(number, signal.default_int_handler)
+    signals.handle(signal.default_int_handler)
     try:
         return compare(args)
     except KeyboardInterrupt:

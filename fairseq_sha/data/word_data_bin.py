@@ -124,9 +124,11 @@ def convert(
         del numbers, symbols, times
         splits = {"train": finish(folder, "train", lines, counts[table == UNK].sum(), dtype, table)}
         allowed = unknown == "always" or (unknown == "learned" and splits["train"].unknown > 0)
-        remedy = "use the train split that belongs to it"
-        if unknown == "learned":
-            remedy = f"have rare words become {UNK_WORD} with a minimum count of 2 or more"
+        remedy = (
+            f"have rare words become {UNK_WORD} with a minimum count of 2 or more"
+            if unknown == "learned"
+            else "use the train split that belongs to it"
+        )
         index[EOS_WORD] = EOS
         for name, source in sources.items():
             if name != "train":

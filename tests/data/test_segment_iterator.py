@@ -42,30 +42,11 @@ def corpus(tmp_path_factory):
     return Corpus(write_split(text(1000), tmp_path_factory.mktemp("data")))
 
 
-def iterator(
-    corpus,
-    batch_size=4,
-    tokens_per_sample=20,
-    num_shards=1,
-    shard=0,
-    random_start=False,
-    random_lengths=False,
-    seed=1,
-    **options,
-):
-    dataset = SegmentDataset(
-        corpus,
-        "train",
-        1,
-        pad=1,
-        batch_size=batch_size,
-        tokens_per_sample=tokens_per_sample,
-        num_shards=num_shards,
-        shard=shard,
-        random_start=random_start,
-        random_lengths=random_lengths,
-        seed=seed,
-    )
+def iterator(corpus, batch_size=4, tokens_per_sample=20, **options):
+    """An iterator; the options are those of the segments and its own."""
+    names = {"num_shards", "shard", "random_start", "random_lengths", "seed"} & {*options}
+    of_segments = {name: options.pop(name) for name in names}
+    dataset = SegmentDataset(corpus, "train", 1, 1, batch_size, tokens_per_sample, **of_segments)
     options = {"reference": torch.zeros(1), **options}
     return SegmentIterator(dataset, carried=Carried(batch_size), **options)
 
